@@ -1,0 +1,24 @@
+"""disa_fast: autoregressive image models with diffusion heads, made fast. See README.md."""
+
+from . import models, solvers
+from .accelerate import accelerate, restore
+from .errors import UnsupportedError
+from .explain import explain
+from .heads import MLPHead
+from .schedule import Constant, Cosine, Linear, StepList, TwoStage, parse_schedule
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Linear",
+    "MLPHead",
+    "StepList",
+    "TwoStage",
+    "UnsupportedError",
+    "accelerate",
+    "explain",
+    "models",
+    "parse_schedule",
+    "restore",
+    "solvers",
+]

@@ -1,0 +1,47 @@
+"""Which code runs a head's denoising loop: the one dispatch point.
+
+A backend is one module with
+
+    refuses(spec, dtype, device, rows) -> str | None      None: it can serve the call; else the reason why not
+    denoise(head, z, table, cfg, temperature, noise, step_noise) -> Tensor
+
+where noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is [n, z_channels],
+or [2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as they come and
+knows no solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import UnsupportedError
+from . import hoisted, reference
+
+if TYPE_CHECKING:
+    from ..heads.mlp import MLPSpec
+
+BACKENDS = {"hoisted": hoisted, "reference": reference}  # fastest first
+
+
+def survey(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> dict[str, str | None]:
+    """Each backend's answer to a call like this: None if it can serve it, else why not."""
+    return {name: backend.refuses(spec, dtype, device, rows) for name, backend in BACKENDS.items()}
+
+
+def choose(name: str, spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> Callable[..., torch.Tensor]:
+    """The `denoise` of the backend asked for, or under "auto" of the fastest that can serve the call."""
+    why_not = survey(spec, dtype, device, rows)
+    able = [backend for backend, reason in why_not.items() if reason is None]
+    if name == "auto":
+        if not able:
+            reasons = "; ".join(f"{backend}: {reason}" for backend, reason in why_not.items())
+            raise UnsupportedError(f"backend: none can run {spec} in {dtype} on {device}: {reasons}")
+        return BACKENDS[able[0]].denoise
+    if name not in BACKENDS:
+        raise UnsupportedError(f"backend: {name!r} is not one that this version has; can serve this call: {['auto', *able]}")
+    if name not in able:
+        raise UnsupportedError(f"backend: {name!r} cannot serve this call: {why_not[name]}; can: {['auto', *able]}")
+    return BACKENDS[name].denoise

@@ -1,0 +1,49 @@
+"""Plain PyTorch, the network at every step as the formulas read: the specification, and what eager costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..solvers import StepTable
+
+if TYPE_CHECKING:
+    from ..heads.mlp import MLPHead, MLPSpec
+
+
+def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str | None:
+    return None
+
+
+def denoise(
+    head: MLPHead, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
+) -> Tensor:
+    network = head.network(z.dtype)
+    times = torch.from_numpy(table.t).to(z.device)
+    x = noise
+    eps_before = torch.zeros_like(x)
+    for i in range(len(table)):
+        both = torch.cat([x, x]) if cfg != 1.0 else x
+        out = network(both.to(z.dtype), times[i].expand(len(z)), z).to(x.dtype)
+        eps, v = out.chunk(2, dim=-1)
+        if cfg != 1.0:
+            (eps_c, eps_u), v = eps.chunk(2), v[: len(x)]
+            eps = eps_u + cfg * (eps_c - eps_u)
+        x = update(table, i, x, eps, v, eps_before, step_noise, temperature)
+        eps_before = eps
+    return x
+
+
+def update(
+    table: StepTable, i: int, x: Tensor, eps: Tensor, v: Tensor, eps_before: Tensor, step_noise: Tensor | None, temperature: float
+) -> Tensor:
+    """Step i of the table (see StepTable), all arguments in the state's dtype."""
+    x = float(table.a[i]) * x + float(table.b[i]) * eps
+    if table.c[i]:
+        x = x + float(table.c[i]) * eps_before
+    if table.noisy[i]:
+        deviation = torch.exp((float(table.l0[i]) + float(table.l1[i]) * v) / 2)
+        x = x + deviation * step_noise[i] * temperature
+    return x

@@ -1,0 +1,28 @@
+"""Fashion-MNIST from Debian's package dataset-fashion-mnist. Only training and the reference statistics read it."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+
+
+def fashion_mnist(split: str, folder: Path = DEFAULT_FOLDER) -> tuple[Tensor, Tensor]:
+    """(images, labels): [N, 1, 28, 28] float32 in [-1, 1] and [N] int64; split "train" (60000) or "t10k" (10000).
+
+    Raises FileNotFoundError with the command that installs the data.
+    """
+    paths = [folder / f"{split}-{part}.gz" for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not there; on Debian: apt-get install dataset-fashion-mnist")
+    images, labels = (gzip.decompress(path.read_bytes()) for path in paths)
+    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    classes = np.frombuffer(labels, np.uint8, offset=8)
+    return torch.from_numpy(pixels / np.float32(127.5) - 1), torch.from_numpy(classes.astype(np.int64))

@@ -1,0 +1,99 @@
+"""How good generated Fashion-MNIST images are: class accuracy under a small classifier, and a Frechet distance in its features.
+
+The distance is torchmetrics' FID with our classifier in place of Inception; its numbers compare with each other, not with FIDs on
+other data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint import load_checkpoint
+
+CLASSIFIER_FILE = Path(__file__).parent / "weights" / "classifier_fashion_mnist.safetensors"
+FEATURES = 64
+_FOLDS = 20
+
+
+class Classifier(nn.Module):
+    """[N, 1, 28, 28] in [-1, 1] -> [N, 64] features; `logits` makes [N, 10] of them. Carries the feature statistics of the 10000
+    real test images, as the sums that torchmetrics keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.features = nn.Linear(64 * 7 * 7, FEATURES)
+        self.drop = nn.Dropout(0.4)
+        self.logits = nn.Linear(FEATURES, 10)
+        self.register_buffer("real_sum", torch.zeros(FEATURES, dtype=torch.float64))
+        self.register_buffer("real_cov_sum", torch.zeros(FEATURES, FEATURES, dtype=torch.float64))
+        self.register_buffer("real_count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.relu(self.features(self.drop(self.convolutions(images).flatten(1))))
+
+    @classmethod
+    def load(cls, path: Path = CLASSIFIER_FILE) -> Classifier:
+        classifier = cls()
+        load_checkpoint(classifier, path)
+        return classifier.eval()
+
+
+@dataclass(frozen=True)
+class Quality:
+    """accuracy: share of images that the classifier puts in the class asked for, with a 95 % Wilson interval.
+    frechet: distance to the real test images, with a 95 % interval from a jackknife over 20 groups of images."""
+
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    frechet: float
+    frechet_interval: tuple[float, float]
+
+
+@torch.no_grad()
+def measure(images: Tensor, labels: Tensor, classifier: Classifier) -> Quality:
+    """images: [N, 1, 28, 28] in [-1, 1], at least 40; labels: [N], the classes asked for."""
+    if len(images) < 2 * _FOLDS:
+        raise ValueError(f"images: expected at least {2 * _FOLDS} to estimate a distance, got {len(images)}")
+    features = torch.cat([classifier(part) for part in images.clamp(-1, 1).split(500)])
+    correct = classifier.logits(features).argmax(dim=1) == labels
+    accuracy = float(correct.double().mean())
+
+    distance = frechet_distance(features, classifier)
+    group = torch.arange(len(features)) % _FOLDS
+    without = torch.tensor([frechet_distance(features[group != g], classifier) for g in range(_FOLDS)])
+    half_width = 1.96 * math.sqrt((_FOLDS - 1) / _FOLDS * float((without - without.mean()).square().sum()))
+    return Quality(accuracy, wilson(accuracy, len(images)), distance, (max(0.0, distance - half_width), distance + half_width))
+
+
+def frechet_distance(features: Tensor, classifier: Classifier) -> float:
+    """Frechet distance between normals fitted to `features`, [N, 64], and to the real test images' features."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the demo's Frechet distance needs torchmetrics: pip install 'disa-fast[demo]'") from error
+    extractor = nn.Identity()
+    extractor.num_features = FEATURES
+    metric = FrechetInceptionDistance(feature=extractor, input_img_size=(FEATURES,)).set_dtype(torch.float64)
+    metric.real_features_sum = classifier.real_sum.clone()
+    metric.real_features_cov_sum = classifier.real_cov_sum.clone()
+    metric.real_features_num_samples = classifier.real_count.clone()
+    metric.update(features.double(), real=False)
+    return float(metric.compute())
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a share of `count` trials."""
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return (centre - spread) / scale, (centre + spread) / scale

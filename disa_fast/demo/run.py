@@ -1,0 +1,80 @@
+"""`disa-fast demo`: the same images with constant steps and with DiSA, side by side, timed and judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from .. import backends
+from ..files import written_aside
+from ..generate import Sampling, draw_images, load_model, panel, save_png, side_by_side
+from . import data
+from .quality import Classifier, measure
+
+PICTURE_ROWS = 5
+BASELINE_STEPS = 100
+
+
+def run_demo(sampling: Sampling, num_images: int, seed: int, batch: int, out: Path, progress: bool) -> str:
+    """Draw, write demo.png and demo.json into `out`, and return the table as text."""
+    model, classifier = load_model(), Classifier.load()
+    labels = torch.arange(num_images) % len(data.CLASSES)
+    constant = dataclasses.replace(sampling, schedule=f"constant:{BASELINE_STEPS}")
+    runs = {f"{BASELINE_STEPS} constant steps": constant, f"DiSA {sampling.schedule}": sampling}
+    if sampling.solver == "ddpm":
+        runs = {f"{BASELINE_STEPS} constant steps, no clip": dataclasses.replace(constant, clip=None), **runs}
+    draw_images(model, labels[:10], dataclasses.replace(sampling, schedule="constant:2"), seed, batch, progress=False)  # warm up
+
+    rows, panels = [], []
+    for name, settings in runs.items():
+        images, seconds = draw_images(model, labels, settings, seed, batch, progress, name)
+        quality = measure(images, labels, classifier)
+        evaluations = settings.network_evaluations()
+        rows.append({"name": name, "evaluations": evaluations, "seconds": seconds, **dataclasses.asdict(quality)})
+        panels.append(panel(images[: PICTURE_ROWS * len(data.CLASSES)], name, list(data.CLASSES)))
+    baseline = next(row for row in rows if row["name"] == f"{BASELINE_STEPS} constant steps")
+    for row in rows:
+        row["speed_up"] = baseline["seconds"] / row["seconds"]
+
+    head = model.head
+    chosen = next(n for n, why in backends.survey(head.spec, head.dtype, head.device, 2 * batch).items() if why is None)
+    result = {
+        "settings": {**vars(sampling), "schedule": str(sampling.schedule), "num_images": num_images, "seed": seed, "batch": batch},
+        "backend": chosen if sampling.backend == "auto" else sampling.backend,
+        "machine": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "rows": rows,
+    }
+    save_png(side_by_side(panels), out / "demo.png")
+    with written_aside(out / "demo.json") as aside:
+        aside.write_text(json.dumps(result, indent=1) + "\n")
+    return table(rows)
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| | network evaluations an image | seconds | speed-up | class accuracy | Frechet distance |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = (100 * bound for bound in row["accuracy_interval"])
+        lines.append(
+            f"| {row['name']} | {row['evaluations']} | {row['seconds']:.1f} | {row['speed_up']:.2f}x "
+            f"| {100 * row['accuracy']:.1f} % ({low:.1f} to {high:.1f}) "
+            f"| {row['frechet']:.2f} ({row['frechet_interval'][0]:.2f} to {row['frechet_interval'][1]:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

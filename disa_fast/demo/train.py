@@ -1,0 +1,179 @@
+"""Train what the demo ships: `python -m disa_fast.demo.train mar` and `python -m disa_fast.demo.train classifier`.
+
+Both are small enough for two CPU cores. The MAR works on pixels: 4x4 patches of 28x28 Fashion-MNIST images are 49 tokens of 16
+channels, the token size of the published models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ..checkpoint import save_checkpoint
+from ..files import written_aside
+from ..models import MAR, mar
+from . import data
+from .quality import Classifier
+
+MAR_CONFIG = {
+    "img_size": 28,
+    "vae_stride": 1,
+    "patch_size": 4,
+    "vae_embed_dim": 1,
+    "class_num": 10,
+    "encoder_embed_dim": 128,
+    "encoder_depth": 3,
+    "encoder_num_heads": 4,
+    "decoder_embed_dim": 128,
+    "decoder_depth": 3,
+    "decoder_num_heads": 4,
+    "buffer_size": 8,
+    "diffloss_d": 3,
+    "diffloss_w": 192,
+    "diffusion_batch_mul": 2,
+    "attn_dropout": 0.0,
+    "proj_dropout": 0.0,
+}
+LOG_EVERY = 50
+SAVE_EVERY = 500
+
+
+def train_mar(args: argparse.Namespace) -> None:
+    images, labels = data.fashion_mnist("train", args.data)
+    images, labels = images.to(args.device), labels.to(args.device)
+    torch.manual_seed(args.seed)
+    model = mar(**MAR_CONFIG).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.02)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_then_cosine(step, args.steps))
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    if args.compile:
+        _compile_parts(model)
+
+    curve, running, started = [], 0.0, time.perf_counter()
+    order, position = torch.randperm(len(images)), 0
+    model.train()
+    for step in tqdm(range(1, args.steps + 1), desc="training MAR", mininterval=5):
+        if position + args.batch > len(order):
+            order, position = torch.randperm(len(images)), 0
+        batch = order[position : position + args.batch].to(args.device)
+        position += args.batch
+        # The fused attention's backward is slower than the plain one at 57 tokens in bfloat16 (bench/NOTES.md).
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16), sdpa_kernel(SDPBackend.MATH):
+            loss = model(images[batch], labels[batch])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        ema.update_parameters(model)
+        running += float(loss.detach())
+        if step % LOG_EVERY == 0:
+            curve.append([step, round(running / LOG_EVERY, 5), round(time.perf_counter() - started, 1)])
+            running = 0.0
+        if step % SAVE_EVERY == 0 or step == args.steps:
+            _save_mar(args, model, ema, curve)
+
+
+def _save_mar(args: argparse.Namespace, model: MAR, ema: AveragedModel, curve: list) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    state = dict(zip(names, (p.detach().half().cpu() for p in ema.module.parameters()), strict=True))
+    save_checkpoint(args.out, state, "mar", MAR_CONFIG)
+    log = {
+        "what": "mar",
+        "seed": args.seed,
+        "steps": curve[-1][0],
+        "of": args.steps,
+        "batch": args.batch,
+        "lr": args.lr,
+        "ema": 0.999,
+        "seconds": curve[-1][2],
+        "threads": torch.get_num_threads(),
+        "device": args.device,
+        "bf16": args.bf16,
+        "compile": args.compile,
+        "torch": torch.__version__,
+        "curve": {"columns": ["step", "loss", "seconds"], "rows": curve},
+    }
+    with written_aside(args.out.with_suffix(".json")) as path:
+        path.write_text(json.dumps(log, separators=(",", ":")) + "\n")
+
+
+def train_classifier(args: argparse.Namespace) -> None:
+    images, labels = data.fashion_mnist("train", args.data)
+    torch.manual_seed(args.seed)
+    model = Classifier().to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_then_cosine(step, args.steps))
+    model.train()
+    for _ in tqdm(range(args.steps), desc="training classifier", mininterval=5):
+        batch = torch.randint(0, len(images), (args.batch,))
+        x = images[batch].to(args.device)
+        flipped = torch.where(torch.rand(len(x), 1, 1, 1, device=args.device) < 0.5, x.flip(-1), x)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            loss = F.cross_entropy(model.logits(model(flipped)), labels[batch].to(args.device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+    model = model.eval().cpu().half().float()  # what is measured is what is shipped
+    with torch.no_grad():
+        real, real_labels = data.fashion_mnist("t10k", args.data)
+        features = torch.cat([model(part) for part in real.split(500)]).double()
+        accuracy = float((model.logits(features.float()).argmax(dim=1) == real_labels).double().mean())
+    model.real_sum.copy_(features.sum(dim=0))
+    model.real_cov_sum.copy_(features.T @ features)
+    model.real_count.fill_(len(features))
+    state = {name: t.half() if t.dtype == torch.float32 else t for name, t in model.state_dict().items()}
+    save_checkpoint(args.out, state, "classifier", {})
+    log = {"what": "classifier", "seed": args.seed, "steps": args.steps, "test_accuracy": accuracy, "torch": torch.__version__}
+    with written_aside(args.out.with_suffix(".json")) as path:
+        path.write_text(json.dumps(log) + "\n")
+    print(f"accuracy on the 10000 test images: {accuracy:.4f}")
+
+
+def _warm_up_then_cosine(step: int, steps: int, warm_up: int = 200) -> float:
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def _compile_parts(model: MAR) -> None:
+    """Compile what repeats; the model itself changes shape with every batch's mask ratio."""
+    for part in (*model.encoder_blocks, *model.decoder_blocks, model.diffloss.net):
+        part.compile(dynamic=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m disa_fast.demo.train", description=__doc__)
+    parser.add_argument("what", choices=["mar", "classifier"], nargs="?", default="mar")
+    parser.add_argument("--data", type=Path, default=data.DEFAULT_FOLDER, help="folder with the four idx .gz files")
+    parser.add_argument("--out", type=Path, help="safetensors file to write; the loss curve goes beside it as .json")
+    parser.add_argument("--steps", type=int, help="optimizer steps (mar: 7000, classifier: 3000)")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the blocks")
+    args = parser.parse_args()
+    args.out = args.out or Path(__file__).parent / "weights" / f"{args.what}_fashion_mnist.safetensors"
+    if args.what == "mar":
+        args.steps = args.steps or 7000
+        train_mar(args)
+    else:
+        args.steps = args.steps or 3000
+        train_classifier(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Diffusion heads: weights in, tokens out."""
+
+from .mlp import MLPHead
+
+__all__ = ["MLPHead"]

@@ -1,0 +1,448 @@
+"""The MLP diffusion head of MAR and Harmon: parameters, reference forward, hoists, and `denoise`.
+
+For a row with state x, condition z and time t (arXiv 2406.11838, section 3.2; MAR_DiSA/models/diffloss.py of the DiSA
+repository at 283fa59):
+
+    y = time_embed(t) + cond_embed(z);  h = input_proj(x)
+    for each block:  shift, scale, gate = W_mod silu(y) + b_mod
+                     h += gate * (W2 silu(W1 (LN(h)*(1+scale) + shift) + b1) + b2)
+    eps, v = W_out (norm(h)*(1+scale) + shift) + b_out
+
+Parameter names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+from ..solvers import StepTable
+
+FREQUENCIES = 256
+LN_EPS = 1e-6
+_TIME_TABLES_KEPT = 256
+
+T = TypeVar("T")
+Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """Sizes of a head; out_channels is 2 * in_channels (noise prediction, then variance channels)."""
+
+    in_channels: int
+    width: int
+    depth: int
+    z_channels: int
+
+    @property
+    def out_channels(self) -> int:
+        return 2 * self.in_channels
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's name and shape, in the order of the published state dicts."""
+        w = self.width
+        linears: dict[str, tuple[int, ...]] = {
+            "time_embed.mlp.0": (w, FREQUENCIES),
+            "time_embed.mlp.2": (w, w),
+            "cond_embed": (w, self.z_channels),
+            "input_proj": (w, self.in_channels),
+        }
+        for i in range(self.depth):
+            block = f"res_blocks.{i}."
+            linears |= {block + "in_ln": (w,), block + "mlp.0": (w, w), block + "mlp.2": (w, w)}
+            linears[block + "adaLN_modulation.1"] = (3 * w, w)
+        linears |= {"final_layer.linear": (self.out_channels, w), "final_layer.adaLN_modulation.1": (2 * w, w)}
+        return {
+            f"{name}.{kind}": shape if kind == "weight" else shape[:1]
+            for name, shape in linears.items()
+            for kind in ("weight", "bias")
+        }
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> MLPSpec:
+        """The spec of parameters with these shapes. ValueError if they are not a head: what is missing, extra or odd."""
+        anchors = ("input_proj.weight", "cond_embed.weight")
+        missing = [name for name in anchors if len(shapes.get(name, ())) != 2]
+        if missing:
+            raise ValueError(
+                f"{where}: expected the parameters of a MAR diffusion head (input_proj.weight, cond_embed.weight, "
+                f"res_blocks.0.mlp.0.weight, ...); {', '.join(missing)} not among the {len(shapes)} given"
+            )
+        width, in_channels = shapes["input_proj.weight"]
+        blocks = {name.split(".")[1] for name in shapes if name.startswith("res_blocks.")}
+        spec = cls(in_channels, width, len(blocks), shapes["cond_embed.weight"][1])
+        expected = spec.shapes()
+        check_keys(expected, shapes, where)
+        for name, shape in expected.items():
+            if tuple(shapes[name]) != shape:
+                raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(shapes[name])}")
+        return spec
+
+
+def check_keys(expected: Mapping[str, object], given: Mapping[str, object], where: str) -> None:
+    """ValueError naming the missing and the extra keys, if any."""
+    missing = [name for name in expected if name not in given]
+    extra = [name for name in given if name not in expected]
+    if missing or extra:
+        parts = [
+            f"{kind} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+            for kind, names in (("missing", missing), ("unexpected", extra))
+            if names
+        ]
+        raise ValueError(f"{where}: keys do not match: {'; '.join(parts)}")
+
+
+def _rates() -> Tensor:
+    """exp(-log(10000) i/128), [128] float32: the exponent in float32, the result correctly rounded.
+
+    float32 exp differs between CPUs and GPUs in its last bit, and 950 * rate makes that visible in float64. So the table is made
+    once, in float64, the same everywhere; the exp of the recorded implementation is one unit high in three places.
+    """
+    half = FREQUENCIES // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / half
+    rates = exponent.double().exp().float()
+    one_high = [13, 44, 119]
+    rates[one_high] = torch.nextafter(rates[one_high], torch.tensor(torch.inf))
+    return rates
+
+
+_RATES = _rates()
+
+
+def frequencies(t: Tensor) -> Tensor:
+    """cos and sin features of time, [T] -> [T, 256] float32. Always float32, as the published heads compute them."""
+    angles = t.float()[:, None] * _RATES.to(t.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def embed_time(p: Mapping[str, Tensor], t: Tensor) -> Tensor:
+    """time_embed: [T] -> [T, width] in the parameters' dtype."""
+    features = frequencies(t).to(p["time_embed.mlp.0.weight"].dtype)
+    hidden = F.silu(F.linear(features, p["time_embed.mlp.0.weight"], p["time_embed.mlp.0.bias"]))
+    return F.linear(hidden, p["time_embed.mlp.2.weight"], p["time_embed.mlp.2.bias"])
+
+
+def forward_ref(p: Mapping[str, Tensor], x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+    """The network, as the formula above reads. x: [rows, in_channels], t: [rows], z: [rows, z_channels]; all in one dtype
+    but t. Returns [rows, 2 * in_channels]: eps, then v."""
+    y = F.silu(embed_time(p, t) + F.linear(z, p["cond_embed.weight"], p["cond_embed.bias"]))
+    h = F.linear(x, p["input_proj.weight"], p["input_proj.bias"])
+    width = h.shape[-1]
+    depth = sum(name.endswith("in_ln.weight") for name in p)
+    for block in (f"res_blocks.{i}." for i in range(depth)):
+        modulation = F.linear(y, p[block + "adaLN_modulation.1.weight"], p[block + "adaLN_modulation.1.bias"])
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        m = F.layer_norm(h, (width,), p[block + "in_ln.weight"], p[block + "in_ln.bias"], LN_EPS) * (1 + scale) + shift
+        m = F.silu(F.linear(m, p[block + "mlp.0.weight"], p[block + "mlp.0.bias"]))
+        h = h + gate * F.linear(m, p[block + "mlp.2.weight"], p[block + "mlp.2.bias"])
+    modulation = F.linear(y, p["final_layer.adaLN_modulation.1.weight"], p["final_layer.adaLN_modulation.1.bias"])
+    shift, scale = modulation.chunk(2, dim=-1)
+    m = F.layer_norm(h, (width,), eps=LN_EPS) * (1 + scale) + shift
+    return F.linear(m, p["final_layer.linear.weight"], p["final_layer.linear.bias"])
+
+
+class MLPNet(nn.Module):
+    """The head as a trainable module with the published parameter names and initialisation: everything that gates the
+    residual stream starts at zero."""
+
+    def __init__(self, spec: MLPSpec) -> None:
+        super().__init__()
+        w = spec.width
+        self.spec = spec
+        self.time_embed = nn.Module()
+        self.time_embed.mlp = nn.Sequential(nn.Linear(FREQUENCIES, w), nn.SiLU(), nn.Linear(w, w))
+        self.cond_embed = nn.Linear(spec.z_channels, w)
+        self.input_proj = nn.Linear(spec.in_channels, w)
+        self.res_blocks = nn.ModuleList(self._block(w) for _ in range(spec.depth))
+        self.final_layer = nn.Module()
+        self.final_layer.linear = nn.Linear(w, spec.out_channels)
+        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(w, 2 * w))
+        self.initialize()
+
+    @staticmethod
+    def _block(w: int) -> nn.Module:
+        block = nn.Module()
+        block.in_ln = nn.LayerNorm(w, eps=LN_EPS)
+        block.mlp = nn.Sequential(nn.Linear(w, w), nn.SiLU(), nn.Linear(w, w))
+        block.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(w, 3 * w))
+        return block
+
+    def initialize(self) -> None:
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if name.startswith("time_embed"):
+                nn.init.normal_(module.weight, std=0.02)
+            elif "adaLN_modulation" in name or name == "final_layer.linear":
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return forward_ref(dict(self.named_parameters()), x, t, c)
+
+
+class HoistedWeights:
+    """A head's parameters laid out for the hoisted loop (DESIGN: H1 to H4), in one dtype.
+
+    All adaLN projections become one [(3*depth+2)*width, width] matrix, since none depends on x (H3). Block LN's affine (g, beta)
+    and the 1 of (1 + scale) are folded into it: LN(h)*(1+scale) + shift = norm(h)*[g(1+scale)] + [beta(1+scale) + shift], and both
+    brackets are affine in silu(y) (H4).
+    """
+
+    def __init__(self, p: Mapping[str, Tensor], spec: MLPSpec) -> None:
+        self.spec = spec
+        self._p = p
+        self.cond = p["cond_embed.weight"], p["cond_embed.bias"]
+        self.input = p["input_proj.weight"], p["input_proj.bias"]
+        self.output = p["final_layer.linear.weight"], p["final_layer.linear.bias"]
+        self.blocks = [
+            tuple(p[f"res_blocks.{i}.mlp.{layer}.{kind}"] for layer in (0, 2) for kind in ("weight", "bias"))
+            for i in range(spec.depth)
+        ]
+        folded = [self._fold_block(i) for i in range(spec.depth)] + [self._fold_final()]
+        self.modulation = tuple(torch.cat([part[kind] for part in folded]) for kind in (0, 1))
+        self._time_tables: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def _fold_block(self, i: int) -> tuple[Tensor, Tensor]:
+        p, block = self._p, f"res_blocks.{i}."
+        g, beta = p[block + "in_ln.weight"], p[block + "in_ln.bias"]
+        shift_w, scale_w, gate_w = p[block + "adaLN_modulation.1.weight"].chunk(3)
+        shift_b, scale_b, gate_b = p[block + "adaLN_modulation.1.bias"].chunk(3)
+        weight = torch.cat([shift_w + beta[:, None] * scale_w, g[:, None] * scale_w, gate_w])
+        bias = torch.cat([shift_b + beta * (1 + scale_b), g * (1 + scale_b), gate_b])
+        return weight, bias
+
+    def _fold_final(self) -> tuple[Tensor, Tensor]:
+        weight, bias = (self._p[f"final_layer.adaLN_modulation.1.{kind}"] for kind in ("weight", "bias"))
+        shift_b, scale_b = bias.chunk(2)
+        return weight, torch.cat([shift_b, 1 + scale_b])
+
+    def time_table(self, t: np.ndarray) -> Tensor:
+        """time_embed of every step, [T, width]; kept for the step grids last used (H1)."""
+        key = t.tobytes()
+        table = self._time_tables.get(key)
+        if table is None:
+            table = embed_time(self._p, torch.from_numpy(t).to(self.cond[0].device))
+            self._time_tables[key] = table
+            while len(self._time_tables) > _TIME_TABLES_KEPT:
+                self._time_tables.popitem(last=False)
+        return table
+
+
+class MLPHead:
+    """A diffusion head ready to draw tokens.
+
+    Holds on to the module that owns the parameters, copies nothing that need not be laid out anew, and notices at the next
+    call when parameters were changed in place, loaded, moved or cast. (Writes through `param.data` leave no trace in
+    PyTorch's version counter: call `refresh()` after those.) Safe to call from several threads.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+        self.spec = MLPSpec.of(shapes, where=f"net ({type(net).__name__})")
+        self._reset()
+
+    @classmethod
+    def from_module(cls, net: nn.Module) -> MLPHead:
+        """The head of any module with MAR's parameter names (its own forward is not used). ValueError if they differ."""
+        return cls(net)
+
+    @classmethod
+    def from_state_dict(cls, sd: Mapping[str, Tensor], prefix: str = "") -> MLPHead:
+        """The head of a state dict, or of the part of one whose keys start with `prefix` ("diffloss.net." in a whole MAR).
+
+        The tensors are shared, not copied. ValueError names missing, unexpected and misshapen parameters.
+        """
+        sd = {name.removeprefix(prefix): tensor for name, tensor in sd.items() if name.startswith(prefix)}
+        spec = MLPSpec.of({name: tuple(t.shape) for name, t in sd.items()}, where="state dict")
+        with torch.device("meta"):
+            net = MLPNet(spec)
+        net.load_state_dict(sd, assign=True)
+        return cls(net.requires_grad_(False))
+
+    # Weights ---------------------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._fingerprint: tuple = ()
+        self._packed: dict[tuple[str, torch.dtype], Any] = {}
+
+    def __getstate__(self) -> dict:
+        return {"_net": self._net, "spec": self.spec}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def refresh(self) -> None:
+        """Forget everything derived from the parameters; the next call lays it out anew."""
+        with self._lock:
+            self._packed.clear()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._net.get_parameter("input_proj.weight").dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._net.get_parameter("input_proj.weight").device
+
+    def packed(self, kind: str, dtype: torch.dtype, build: Callable[[dict[str, Tensor], MLPSpec], T]) -> T:
+        """build(parameters in `dtype`, spec), kept under (kind, dtype) until a parameter changes."""
+        with self._lock:
+            parameters = dict(self._net.named_parameters())
+            fingerprint = tuple(
+                (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in parameters.values()
+            )
+            if fingerprint != self._fingerprint:
+                self._packed.clear()
+                self._fingerprint = fingerprint
+            if (kind, dtype) not in self._packed:
+                cast = {name: p.detach().to(dtype) for name, p in parameters.items()}
+                self._packed[kind, dtype] = build(cast, self.spec)
+            return self._packed[kind, dtype]
+
+    def network(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The reference forward (x, t, z) -> [rows, 2 * in_channels] over the parameters in `dtype`."""
+        return self.packed("network", dtype, lambda parameters, spec: functools.partial(forward_ref, parameters))
+
+    def hoisted(self, dtype: torch.dtype) -> HoistedWeights:
+        return self.packed("hoisted", dtype, HoistedWeights)
+
+    # Sampling --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        z: Tensor,
+        table: StepTable,
+        cfg: float | Tensor = 1.0,
+        temperature: float | Tensor = 1.0,
+        noise: Tensor | None = None,
+        step_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Draw one token for each row of conditions: the whole denoising loop.
+
+        z: [rows, z_channels], floating point. With cfg != 1 the first half is conditional, the second half unconditional,
+            pairwise, and both walk one trajectory.
+        table: a solver's StepTable, T steps.
+        cfg: guidance scale, float or one-element tensor; 1 is no guidance. eps = eps_u + cfg * (eps_c - eps_u).
+        temperature: factor on the step noise, float or one-element tensor.
+        noise: [rows, in_channels] starting state; with guidance [rows/2, ...], or [rows, ...] of which the first half counts.
+        step_noise: [T, rows or rows/2, in_channels], in the order of the steps, where the solver is noisy.
+        generator: draws whatever of the two is not given, in the order and shapes of the published implementation, so that
+            one seed gives one result; torch's global generator if None.
+        backend: "auto", or a backend's name (`disa_fast.explain` lists them).
+        dtype: of the network's arithmetic; the parameters' own if None. torch.autocast is not consulted.
+
+        Returns [rows, in_channels], float64 if dtype is, else float32 (the state is kept in it). With guidance the second half
+        is a copy of the first. Raises ValueError for shapes, dtypes, devices or values that do not fit, UnsupportedError
+        for a backend that cannot serve the call.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        cfg, temperature = _scalar("cfg", cfg), _scalar("temperature", temperature)
+        self._check(z, table, cfg, temperature, dtype)
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        guided = cfg != 1.0
+        trajectories = len(z) // 2 if guided else len(z)
+
+        def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            device = z.device if generator is None else generator.device
+            return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+        drawn = draw_noise(table, len(z), self.spec.in_channels, guided, draw, state_dtype, noise, step_noise)
+        noise, step_noise = (
+            _trajectory_rows(name, tensor, z, trajectories, lead, self.spec.in_channels, state_dtype)
+            for name, tensor, lead in (("noise", drawn[0], ()), ("step_noise", drawn[1], (len(table),)))
+        )
+        run = backends.choose(backend, self.spec, dtype, z.device, len(z))
+        with torch.autocast(z.device.type, enabled=False):
+            x = run(self, z.to(dtype), table, cfg, temperature, noise, step_noise)
+        return torch.cat([x, x]) if guided else x
+
+    def _check(self, z: Tensor, table: StepTable, cfg: float, temperature: float, dtype: torch.dtype) -> None:
+        if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != self.spec.z_channels:
+            raise ValueError(f"z: expected a [rows, {self.spec.z_channels}] tensor, got {_describe(z)}")
+        if not z.is_floating_point():
+            raise ValueError(f"z: expected a floating point tensor, got {_describe(z)}")
+        if z.device != self.device:
+            raise ValueError(f"z: expected it on {self.device}, where the head's parameters are, got {_describe(z)}")
+        if not isinstance(table, StepTable):
+            raise ValueError(f"table: expected a StepTable such as disa_fast.solvers.ddpm(50), got {table!r}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
+        if cfg != 1.0 and len(z) % 2:
+            raise ValueError(f"z: guidance (cfg = {cfg:g}) expects an even number of rows, conditional half first, got {len(z)}")
+        if temperature < 0:
+            raise ValueError(f"temperature: expected at least 0, got {temperature:g}")
+
+
+def draw_noise(
+    table: StepTable,
+    rows: int,
+    channels: int,
+    guided: bool,
+    draw: Draw,
+    dtype: torch.dtype,
+    noise: Tensor | None = None,
+    step_noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(noise, step_noise) for `MLPHead.denoise`, what is None drawn as the published samplers draw it.
+
+    First the start, [rows, channels], or [rows/2, channels] under guidance; then [rows, channels] at every step, under guidance
+    too, and at steps that add none of it. step_noise stays None for a table that does not draw.
+    """
+    if noise is None:
+        noise = draw((rows // 2 if guided else rows, channels), dtype)
+    if step_noise is None and table.draws:
+        step_noise = torch.stack([draw((rows, channels), dtype) for _ in range(len(table))])
+    return noise, step_noise
+
+
+def _trajectory_rows(
+    name: str, tensor: Tensor | None, z: Tensor, trajectories: int, lead: tuple[int, ...], channels: int, dtype: torch.dtype
+) -> Tensor | None:
+    """`tensor` checked against [*lead, rows or trajectories, channels] and cut to [*lead, trajectories, channels]."""
+    if tensor is None:
+        return None
+    allowed = {(*lead, rows, channels) for rows in (trajectories, len(z))}
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in allowed or not tensor.is_floating_point():
+        shapes = " or ".join(str(list(shape)) for shape in sorted(allowed))
+        raise ValueError(f"{name}: expected a floating point {shapes} tensor, got {_describe(tensor)}")
+    return tensor.narrow(-2, 0, trajectories).to(z.device, dtype)
+
+
+def _scalar(name: str, value: float | Tensor) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a one-element tensor, got {_describe(value)}")
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a number or a one-element tensor, got {value!r}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} of {value.dtype} on {value.device}"
+    return repr(value)

@@ -1,0 +1,338 @@
+"""MAR: masked autoregressive image generation with a diffusion head (arXiv 2406.11838), annealed by DiSA.
+
+A ViT encoder sees the known tokens (and `buffer_size` class tokens), a ViT decoder puts mask tokens in the gaps, and each gap's
+output conditions the diffusion head that draws its token. Module and parameter names are those of the published checkpoints, so
+they load unchanged; MAR_DiSA/models/mar.py of the DiSA repository at 283fa59 is what this was written against.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..heads.mlp import Draw, MLPHead, MLPNet, MLPSpec, draw_noise
+from ..schedule import Schedule, as_schedule, steps_at
+from ..solvers import DEFAULT_CLIP, Solver, resolve
+from ..training import diffusion_loss
+
+LN_EPS = 1e-6
+# Half a normal distribution around mask ratio 1, cut at mask_ratio_min.
+MASK_RATIO_STD = 0.25
+
+SIZES: dict[str, dict[str, int]] = {
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12, "diffloss_d": 6, "diffloss_w": 1024},
+    "large": {"embed_dim": 1024, "depth": 16, "num_heads": 16, "diffloss_d": 8, "diffloss_w": 1280},
+    "huge": {"embed_dim": 1280, "depth": 20, "num_heads": 16, "diffloss_d": 12, "diffloss_w": 1536},
+}
+
+
+def mar(size: str | None = None, **kwargs) -> MAR:
+    """A MAR with freshly initialised weights.
+
+    size: "base", "large" or "huge" as published, head included; None: MAR's own defaults. Keyword arguments are MAR's and
+    take precedence. ValueError for an unknown size.
+    """
+    if size is None:
+        return MAR(**kwargs)
+    if size not in SIZES:
+        raise ValueError(f"size: expected one of {list(SIZES)}, got {size!r}")
+    preset = dict(SIZES[size])
+    for part in ("encoder", "decoder"):
+        for name in ("embed_dim", "depth", "num_heads"):
+            preset[f"{part}_{name}"] = SIZES[size][name]
+            preset.pop(name, None)
+    return MAR(**{**preset, **kwargs})
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, attn_dropout: float, proj_dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_dropout = attn_dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_dropout if self.training else 0.0)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm ViT block, (batch, tokens, dim) -> same."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_dropout: float, proj_dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.attn = Attention(dim, num_heads, attn_dropout, proj_dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=LN_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class DiffLoss(nn.Module):
+    """Where the published checkpoints keep the head: diffloss.net.*"""
+
+    def __init__(self, spec: MLPSpec) -> None:
+        super().__init__()
+        self.net = MLPNet(spec)
+
+
+class MAR(nn.Module):
+    """The model. Arguments carry upstream's names; images are [batch, vae_embed_dim, height, width] latents, of
+    img_size / vae_stride on a side (vae_stride = 1 and vae_embed_dim = 1: pixels), cut into patch_size x patch_size tokens."""
+
+    def __init__(
+        self,
+        img_size: int = 256,
+        vae_stride: int = 16,
+        patch_size: int = 1,
+        encoder_embed_dim: int = 1024,
+        encoder_depth: int = 16,
+        encoder_num_heads: int = 16,
+        decoder_embed_dim: int = 1024,
+        decoder_depth: int = 16,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        vae_embed_dim: int = 16,
+        mask_ratio_min: float = 0.7,
+        label_drop_prob: float = 0.1,
+        class_num: int = 1000,
+        attn_dropout: float = 0.1,
+        proj_dropout: float = 0.1,
+        buffer_size: int = 64,
+        diffloss_d: int = 3,
+        diffloss_w: int = 1024,
+        diffusion_batch_mul: int = 4,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.vae_embed_dim = vae_embed_dim
+        self.seq_h = self.seq_w = img_size // vae_stride // patch_size
+        self.seq_len = self.seq_h * self.seq_w
+        self.token_embed_dim = vae_embed_dim * patch_size**2
+        self.buffer_size = buffer_size
+        self.mask_ratio_min = mask_ratio_min
+        self.label_drop_prob = label_drop_prob
+        self.diffusion_batch_mul = diffusion_batch_mul
+
+        self.class_emb = nn.Embedding(class_num, encoder_embed_dim)
+        self.fake_latent = nn.Parameter(torch.zeros(1, encoder_embed_dim))
+
+        self.z_proj = nn.Linear(self.token_embed_dim, encoder_embed_dim)
+        self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=LN_EPS)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer_size + self.seq_len, encoder_embed_dim))
+        self.encoder_blocks = nn.ModuleList(
+            Block(encoder_embed_dim, encoder_num_heads, mlp_ratio, attn_dropout, proj_dropout) for _ in range(encoder_depth)
+        )
+        self.encoder_norm = nn.LayerNorm(encoder_embed_dim, eps=LN_EPS)
+
+        self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer_size + self.seq_len, decoder_embed_dim))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attn_dropout, proj_dropout) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LN_EPS)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.seq_len, decoder_embed_dim))
+        self._initialize()
+
+        self.diffloss = DiffLoss(MLPSpec(self.token_embed_dim, diffloss_w, diffloss_d, decoder_embed_dim))
+        self.head = MLPHead.from_module(self.diffloss.net)
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("_learned", "mask_token", "fake_latent", "class_emb.weight")):
+                nn.init.normal_(parameter, std=0.02)
+
+    # Tokens ----------------------------------------------------------------------------------------------------------
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, seq_len, C * patch_size^2], channels of a token ordered (C, row, column)."""
+        p = self.patch_size
+        x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """The inverse of patchify."""
+        p = self.patch_size
+        x = tokens.reshape(-1, self.seq_h, self.seq_w, self.vae_embed_dim, p, p)
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    # Backbone --------------------------------------------------------------------------------------------------------
+
+    def encode(self, tokens: Tensor, masked: Tensor, class_embedding: Tensor) -> Tensor:
+        """Known tokens and the class -> [B, buffer_size + known, dim].
+
+        tokens: [B, seq_len, token_embed_dim]; masked: [B, seq_len] bool, equally many in each row; class_embedding: [B, dim].
+        """
+        x = self.z_proj(tokens)
+        x = torch.cat([class_embedding[:, None].to(x.dtype).expand(-1, self.buffer_size, -1), x], dim=1)
+        x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
+        x = x[~F.pad(masked, (self.buffer_size, 0))].reshape(len(x), -1, x.shape[-1])
+        for block in self.encoder_blocks:
+            x = block(x)
+        return self.encoder_norm(x)
+
+    def decode(self, x: Tensor, masked: Tensor) -> Tensor:
+        """Encoder output -> the head's condition for every token, [B, seq_len, decoder_embed_dim]."""
+        x = self.decoder_embed(x)
+        known = ~F.pad(masked, (self.buffer_size, 0))
+        full = self.mask_token.to(x.dtype).expand(len(x), known.shape[1], -1).clone()
+        full[known] = x.flatten(0, 1)
+        x = full + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
+
+    def random_orders(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """[batch, seq_len] int64: a random generation order for each image."""
+        device = None if generator is None else generator.device
+        order = torch.rand(batch, self.seq_len, generator=generator, device=device).argsort(dim=1)
+        return order.to(self.fake_latent.device)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Training loss, a scalar: the head's diffusion loss on the masked tokens.
+
+        images: [B, vae_embed_dim, H, W]; labels: [B] int64. The mask ratio is one draw a batch from the upper-truncated normal
+        of upstream; labels are dropped with label_drop_prob. Only masked tokens reach the head: the others carry weight
+        zero in upstream's loss.
+        """
+        tokens = self.patchify(images)
+        batch, device = len(tokens), tokens.device
+        ratio = self._mask_ratio()
+        count = math.ceil(self.seq_len * ratio)
+        masked = self._masked(self.random_orders(batch), count)
+
+        class_embedding = self.class_emb(labels)
+        if self.training:
+            drop = torch.rand(batch, 1, device=device) < self.label_drop_prob
+            class_embedding = torch.where(drop, self.fake_latent, class_embedding)
+        z = self.decode(self.encode(tokens, masked, class_embedding), masked)[masked]
+        repeats = (self.diffusion_batch_mul, 1)
+        return diffusion_loss(self.diffloss.net, tokens[masked].repeat(repeats), z.repeat(repeats))
+
+    def _mask_ratio(self) -> float:
+        """1 - |N(0, 0.25)| conditioned on being at least mask_ratio_min, by inverting the normal's distribution function."""
+        normal = torch.distributions.Normal(0.0, 1.0)
+        low = normal.cdf(torch.tensor((self.mask_ratio_min - 1) / MASK_RATIO_STD))
+        return float(1 + MASK_RATIO_STD * normal.icdf(low + (0.5 - low) * torch.rand(())))
+
+    @staticmethod
+    def _masked(orders: Tensor, count: int) -> Tensor:
+        """[B, seq_len] bool: the first `count` tokens of each order."""
+        masked = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device)
+        return masked.scatter_(1, orders[:, :count], True)
+
+    # Sampling --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_tokens(
+        self,
+        labels: Tensor | None,
+        schedule: Schedule | str = "linear:50-5",
+        num_iter: int = 64,
+        cfg: float = 1.0,
+        cfg_schedule: str = "linear",
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        orders: Tensor | None = None,
+        draw: Draw | None = None,
+        progress: bool = False,
+        backend: str = "auto",
+        solver: str | Solver = "ddpm",
+        clip: int | str | None = DEFAULT_CLIP,
+        bsz: int | None = None,
+    ) -> Tensor:
+        """Generate images: `num_iter` autoregressive iterations, iteration k's tokens in T(k) denoising steps.
+
+        labels: [B] int64 classes, or None for `bsz` unconditional images.
+        schedule: T(k), a callable (k, K) -> int or its text form ("linear:50-5": DiSA's setting for MAR).
+        cfg: guidance scale; 1 is none. cfg_schedule: "linear" (grows with the share of tokens known) or "constant".
+        temperature: factor on the head's step noise.
+        generator: source of orders and noise; torch's global generator if None.
+        orders: [B, seq_len] int64, each row a permutation; drawn if None.
+        draw: draw(shape, dtype) -> Tensor replaces `generator` for the head's noise, called in upstream's order and shapes.
+        solver, clip: see disa_fast.solvers.resolve. backend: see MLPHead.denoise.
+
+        Returns [B, vae_embed_dim, H, W] latents. Raises ValueError for arguments that do not fit, among them more
+        iterations than tokens.
+        """
+        schedule, table_for = as_schedule(schedule), resolve(solver, clip)
+        if cfg_schedule not in ("linear", "constant"):
+            raise ValueError(f"cfg_schedule: expected 'linear' or 'constant', got {cfg_schedule!r}")
+        if isinstance(num_iter, bool) or not isinstance(num_iter, int) or not 1 <= num_iter <= self.seq_len:
+            raise ValueError(f"num_iter: expected 1 to {self.seq_len} iterations (one token each at least), got {num_iter!r}")
+        batch = self._batch_size(labels, orders, bsz)
+        if orders is None:
+            orders = self.random_orders(batch, generator)
+        guided = cfg != 1.0
+        class_embedding = self.fake_latent.expand(batch, -1) if labels is None else self.class_emb(labels)
+        if guided:
+            class_embedding = torch.cat([class_embedding, self.fake_latent.expand(batch, -1)])
+
+        tokens = self.fake_latent.new_zeros(batch, self.seq_len, self.token_embed_dim)
+        masked, count = self._masked(orders, self.seq_len), self.seq_len
+        for k in tqdm(range(num_iter), desc="AR iterations", disable=not progress):
+            doubled = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
+            z = self.decode(self.encode(doubled(tokens), doubled(masked), class_embedding), doubled(masked))
+            # Cosine schedule of MaskGIT: what stays masked after this iteration. At least one, until the last.
+            left = max(1, min(count - 1, math.floor(self.seq_len * math.cos(math.pi / 2 * (k + 1) / num_iter))))
+            still_masked = self._masked(orders, left)
+            chosen = masked if k == num_iter - 1 else masked & ~still_masked
+            scale = 1 + (cfg - 1) * (self.seq_len - left) / self.seq_len if cfg_schedule == "linear" else cfg
+
+            z = z[doubled(chosen)]
+            table = table_for(steps_at(schedule, k, num_iter))
+            noise = step_noise = None
+            if draw is not None:
+                noise, step_noise = draw_noise(table, len(z), self.token_embed_dim, guided, draw, tokens.dtype)
+            drawn = self.head.denoise(
+                z, table, scale, temperature, noise=noise, step_noise=step_noise, generator=generator, backend=backend
+            )
+            tokens[chosen] = (drawn.chunk(2)[0] if guided else drawn).to(tokens.dtype)
+            masked, count = still_masked, left
+        return self.unpatchify(tokens)
+
+    def _batch_size(self, labels: Tensor | None, orders: Tensor | None, bsz: int | None) -> int:
+        classes = self.class_emb.num_embeddings
+        if labels is not None:
+            if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"labels: expected a [B] tensor of whole numbers or None, got {labels!r}")
+            if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+                raise ValueError(f"labels: expected classes 0..{classes - 1}, got {labels.tolist()}")
+        sizes = {"labels": labels, "orders": orders}
+        given = {name: len(value) for name, value in sizes.items() if value is not None} | ({"bsz": bsz} if bsz else {})
+        if len(set(given.values())) != 1:
+            raise ValueError(f"labels, orders, bsz: expected one batch size, got {given or 'none of them'}")
+        batch = next(iter(given.values()))
+        if orders is not None:
+            every = torch.arange(self.seq_len, device=orders.device).expand(batch, -1)
+            if tuple(orders.shape) != (batch, self.seq_len) or not torch.equal(orders.sort(dim=1).values, every):
+                raise ValueError(f"orders: expected [{batch}, {self.seq_len}], each row a permutation of the tokens")
+        return batch

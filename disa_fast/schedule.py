@@ -1,0 +1,164 @@
+"""T(k): how many denoising steps autoregressive step k of K gets.
+
+Diffusion Step Annealing (DiSA, arXiv 2505.20297) lets later tokens take fewer steps. A schedule is any callable
+``(k, K) -> int``; the classes here are the ones of the paper, with the rounding of the published implementation, which
+computes in double precision and truncates. Its four systems write the linear case differently, and truncation makes that
+visible: ``Linear(80, 5)`` gives 59 at k = 4 of 16 with MAR's expression and 60 with FlowAR's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Schedule = Callable[[int, int], int]
+
+_LINEAR_ROUNDINGS: dict[str, Callable[[int, int, int, int], int]] = {
+    "mar": lambda left, last, span, late: late + int(left / last * span),
+    "flowar": lambda left, last, span, late: int(span * left / last + late),
+    "xar": lambda left, last, span, late: int(left / last * span + late),
+}
+
+
+def _check_steps(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: expected a whole number of denoising steps, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1 denoising step, got {value}")
+    return value
+
+
+def _check_position(k: int, K: int) -> None:
+    if K < 1:
+        raise ValueError(f"K: expected at least 1 autoregressive step, got {K}")
+    if not 0 <= k < K:
+        raise ValueError(f"k: expected an autoregressive step in 0..{K - 1}, got {k}")
+
+
+@dataclass(frozen=True)
+class _Annealed:
+    """From `early` denoising steps at k = 0 down to `late` at k = K - 1."""
+
+    early: int
+    late: int
+
+    def __post_init__(self) -> None:
+        _check_steps("early", self.early)
+        _check_steps("late", self.late)
+        if self.late > self.early:
+            raise ValueError(f"late: expected at most early = {self.early}, got {self.late}")
+
+
+@dataclass(frozen=True)
+class Linear(_Annealed):
+    """Linear annealing, ``late + floor((K-1-k)/(K-1) * (early-late))``; K = 1 gets `early`.
+
+    rounding: whose double-precision expression is truncated: "mar" (also Harmon), "flowar" or "xar".
+    """
+
+    rounding: str = "mar"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounding not in _LINEAR_ROUNDINGS:
+            raise ValueError(f"rounding: expected one of {sorted(_LINEAR_ROUNDINGS)}, got {self.rounding!r}")
+
+    def __call__(self, k: int, K: int) -> int:
+        _check_position(k, K)
+        if K == 1:
+            return self.early
+        return _LINEAR_ROUNDINGS[self.rounding](K - 1 - k, K - 1, self.early - self.late, self.late)
+
+
+@dataclass(frozen=True)
+class Cosine(_Annealed):
+    """Half a cosine period, ``late + floor((cos(pi k/(K-1)) + 1)/2 * (early-late))``; K = 1 gets `early`."""
+
+    def __call__(self, k: int, K: int) -> int:
+        _check_position(k, K)
+        if K == 1:
+            return self.early
+        return self.late + int((math.cos(math.pi * k / (K - 1)) + 1) / 2 * (self.early - self.late))
+
+
+@dataclass(frozen=True)
+class TwoStage(_Annealed):
+    """`early` while k < (K-1)/2, then `late`."""
+
+    def __call__(self, k: int, K: int) -> int:
+        _check_position(k, K)
+        return self.early if k < (K - 1) / 2 else self.late
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same number of denoising steps at every autoregressive step: no annealing."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_steps("steps", self.steps)
+
+    def __call__(self, k: int, K: int) -> int:
+        _check_position(k, K)
+        return self.steps
+
+
+@dataclass(frozen=True, init=False)
+class StepList:
+    """T(k) given one by one; serves exactly K = len(steps) autoregressive steps."""
+
+    steps: tuple[int, ...]
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        steps = tuple(steps)
+        if not steps:
+            raise ValueError("steps: expected at least one entry, got an empty list")
+        for k, value in enumerate(steps):
+            _check_steps(f"steps[{k}]", value)
+        object.__setattr__(self, "steps", steps)
+
+    def __call__(self, k: int, K: int) -> int:
+        _check_position(k, K)
+        if len(self.steps) != K:
+            raise ValueError(f"steps: expected one entry for each of the {K} autoregressive steps, got {len(self.steps)}")
+        return self.steps[k]
+
+
+_FORMS = "'linear:50-5', 'cosine:50-5', 'two-stage:50-5', 'constant:100' or 'list:50,48,5'"
+_ANNEALED = {"linear": Linear, "cosine": Cosine, "two-stage": TwoStage}
+
+
+def parse_schedule(text: str) -> Schedule:
+    """A schedule from its text form: linear:EARLY-LATE, cosine:EARLY-LATE, two-stage:EARLY-LATE, constant:N, list:N,N,...
+
+    Raises ValueError for any other text, and for counts that the schedule itself refuses.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"schedule: expected text such as {_FORMS}, got {text!r}")
+    kind, _, numbers = text.strip().partition(":")
+    try:
+        if kind in _ANNEALED:
+            early, late = (int(n) for n in numbers.split("-"))
+        else:
+            counts = [int(n) for n in numbers.split(",")]
+    except ValueError:
+        raise ValueError(f"schedule: expected {_FORMS}, got {text!r}") from None
+    if kind in _ANNEALED:
+        return _ANNEALED[kind](early, late)
+    if kind == "constant" and len(counts) == 1:
+        return Constant(counts[0])
+    if kind == "list":
+        return StepList(counts)
+    raise ValueError(f"schedule: expected {_FORMS}, got {text!r}")
+
+
+def as_schedule(schedule: Schedule | str) -> Schedule:
+    """`schedule` itself if it is callable, else the parsed text."""
+    return schedule if callable(schedule) else parse_schedule(schedule)
+
+
+def steps_at(schedule: Schedule, k: int, K: int) -> int:
+    """T(k), checked: a schedule may be any user's callable."""
+    return _check_steps(f"schedule at k = {k} of {K}", schedule(k, K))

@@ -1,0 +1,41 @@
+"""Solvers as StepTables: one file each, chosen by name in `resolve`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from .ddim import ddim
+from .ddpm import ddpm
+from .dpm_solver import dpm_solver
+from .table import StepTable
+
+__all__ = ["NAMES", "Solver", "StepTable", "ddim", "ddpm", "dpm_solver", "resolve"]
+
+Solver = Callable[[int], StepTable]
+
+NAMES = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
+DEFAULT_CLIP = "default"
+DEFAULT_CLIPS = {"ddpm": 950, "ddim": 980}
+
+
+def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solver:
+    """steps -> StepTable, cached by step count, for a name of `NAMES` or for any callable of the same kind.
+
+    clip: highest timestep for "ddpm" and "ddim" (None: unclipped; default: the solver's own, 950 and 980). DPM-Solver's grid
+    is fixed, and a callable has settled the matter itself, so a clip with either is a ValueError.
+    """
+    by_name: dict[str, Callable[..., StepTable]] = {
+        "ddpm": ddpm,
+        "ddim": ddim,
+        "dpm_solver": dpm_solver,
+        "dpm_solver++": functools.partial(dpm_solver, plus_plus=True),
+    }
+    if not callable(solver) and solver not in by_name:
+        raise ValueError(f"solver: expected one of {list(NAMES)} or a callable steps -> StepTable, got {solver!r}")
+    build: Callable[..., StepTable] = solver if callable(solver) else by_name[solver]
+    if clip != DEFAULT_CLIP:
+        if solver not in ("ddpm", "ddim"):
+            raise ValueError(f"clip: only 'ddpm' and 'ddim' take one, got clip = {clip!r} with solver {solver!r}")
+        build = functools.partial(build, clip=clip)
+    return functools.lru_cache(maxsize=256)(build)

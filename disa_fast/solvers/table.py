@@ -1,0 +1,55 @@
+"""StepTable: one denoising trajectory as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """What a backend runs: row i of the table is step i of the trajectory, in the order of sampling.
+
+    With x the state, (o, v) the network's output after guidance and o_prev the output of the step before:
+
+        x <- a[i]*x + b[i]*o + c[i]*o_prev + exp((l0[i] + l1[i]*v)/2) * noise[i] * temperature   (no noise unless noisy[i])
+
+    solver: the solver's name, for reports.
+    t: [T] float64, the time that the network is given at each step.
+    a, b, c, l0, l1: [T] float64.
+    noisy: [T] bool.
+    draws: whether the published sampler draws noise at every step, used or not. A caller that wants its random stream
+        draws as often (DDIM draws and multiplies by zero; DPM-Solver draws nothing).
+    """
+
+    solver: str
+    t: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    l0: np.ndarray
+    l1: np.ndarray
+    noisy: np.ndarray
+    draws: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, np.ndarray):
+                continue
+            expected = np.bool_ if field.name == "noisy" else np.float64
+            if value.shape != self.t.shape or value.ndim != 1 or value.dtype != expected:
+                raise ValueError(
+                    f"{field.name}: expected a [{len(self.t)}] array of {expected.__name__}, "
+                    f"got {list(value.shape)} of {value.dtype}"
+                )
+            value.flags.writeable = False
+        if len(self.t) == 0:
+            raise ValueError("t: expected at least one step, got none")
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __repr__(self) -> str:
+        return f"StepTable({self.solver}, {len(self)} steps, t {self.t[0]:g} to {self.t[-1]:g})"
