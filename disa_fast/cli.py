@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="draw with the shipped model, with constant steps and with DiSA, and compare",
-        description=f"""Draws the same images with 100 constant denoising steps and with an annealed schedule on one seed, writes
+        description="""Draws the same images with 100 constant denoising steps and with an annealed schedule on one seed, writes
         OUT/demo.png (side by side) and OUT/demo.json, and prints network evaluations, seconds, class accuracy and Frechet distance.
         Takes about a minute on two CPU cores.""",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

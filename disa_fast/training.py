@@ -21,7 +21,7 @@ def diffusion_loss(net: nn.Module, target: Tensor, z: Tensor) -> Tensor:
     the clip of MAR_DiSA/diffusion/__init__.py in the DiSA repository at 283fa59). Returns a scalar.
     """
     a, b, l0, l1 = (torch.from_numpy(c).to(target) for c in posterior(cosine_betas()[: TRAIN_CLIP + 1]))
-    signal = torch.from_numpy(cosine_alphas_cumprod()[: TRAIN_CLIP + 1].copy()).to(target)
+    signal = torch.tensor(cosine_alphas_cumprod()[: TRAIN_CLIP + 1]).to(target)
     t = torch.randint(0, TRAIN_CLIP + 1, (len(target),), device=target.device)
     noise = torch.randn_like(target)
     x = signal[t, None].sqrt() * target + (1 - signal[t, None]).sqrt() * noise

@@ -21,7 +21,7 @@ def denoise(
     head: MLPHead, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
 ) -> Tensor:
     network = head.network(z.dtype)
-    times = torch.from_numpy(table.t).to(z.device)
+    times = torch.tensor(table.t, device=z.device)
     x = noise
     eps_before = torch.zeros_like(x)
     for i in range(len(table)):

@@ -236,7 +236,7 @@ class HoistedWeights:
         key = t.tobytes()
         table = self._time_tables.get(key)
         if table is None:
-            table = embed_time(self._p, torch.from_numpy(t).to(self.cond[0].device))
+            table = embed_time(self._p, torch.tensor(t, device=self.cond[0].device))
             self._time_tables[key] = table
             while len(self._time_tables) > _TIME_TABLES_KEPT:
                 self._time_tables.popitem(last=False)
