@@ -142,11 +142,12 @@ class Accelerated:
         self.restore()
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_loop"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_loop", "_table_for")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._loop = threading.local()
+        self._table_for = resolve(self.solver, self.clip)
 
     def report(self) -> dict[str, object]:
         """What was run since `accelerate`: settings, autoregressive steps, network evaluations, calls per step count."""

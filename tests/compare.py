@@ -40,4 +40,5 @@ def assert_as_good_as(actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch
 def _message(what: str, error: float, bound: float, actual: Tensor, truth: Tensor) -> str:
     difference = (actual.double() - truth.double()).abs().nan_to_num()
     at = int(difference.argmax())
-    return f"{what} {error:.3g} over {bound:.3g}; worst at flat index {at}: {actual.flatten()[at]:.8g}, expected {truth.flatten()[at]:.8g}"
+    where = f"worst at flat index {at}: {actual.flatten()[at]:.8g}, expected {truth.flatten()[at]:.8g}"
+    return f"{what} {error:.3g} over {bound:.3g}; {where}"

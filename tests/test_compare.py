@@ -20,7 +20,7 @@ def with_64_zeroes(x):
 @pytest.mark.parametrize("spoil", [scaled, with_64_zeroes])
 def test_recorded_cases_would_catch(spoil):
     assert_close(TRUTH.float(), TRUTH, worst=1e-5)
-    with pytest.raises(AssertionError, match="worst element .* over 1e-05; worst at flat index"):
+    with pytest.raises(AssertionError, match=r"worst element .* over 1e-05; worst at flat index"):
         assert_close(spoil(TRUTH.float()), TRUTH, worst=1e-5)
 
 

@@ -77,7 +77,7 @@ def test_other_bad_values():
         StepList([])
     with pytest.raises(ValueError, match=r"steps\[1\]: expected at least 1"):
         StepList([5, -1])
-    with pytest.raises(ValueError, match="rounding: expected one of .*'flowar', 'mar', 'xar'.*, got 'up'"):
+    with pytest.raises(ValueError, match=r"rounding: expected one of .*'flowar', 'mar', 'xar'.*, got 'up'"):
         Linear(50, 5, rounding="up")
     with pytest.raises(ValueError, match="steps: expected one entry for each of the 3 autoregressive steps, got 2"):
         StepList([5, 4])(0, 3)

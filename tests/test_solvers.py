@@ -96,7 +96,7 @@ def test_table_checks_its_arrays():
     good = vars(ddpm(5))
     with pytest.raises(ValueError, match=r"b: expected a \[5\] array of float64, got \[4\]"):
         StepTable(**{**good, "b": good["b"][1:]})
-    with pytest.raises(ValueError, match="noisy: expected .* bool"):
+    with pytest.raises(ValueError, match=r"noisy: expected .* bool"):
         StepTable(**{**good, "noisy": good["a"]})
     with pytest.raises(ValueError, match="read-only"):
         ddpm(5).a[0] = 0
