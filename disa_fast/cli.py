@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
             help="denoising steps of each iteration: linear:50-5, cosine:50-5, two-stage:50-5, constant:100 or list:50,48,...",
         )  # fmt: skip
         command.add_argument("--solver", choices=solvers.NAMES, default="ddpm")
-        command.add_argument("--clip", type=_clip, default=solvers.DEFAULT_CLIP, metavar="T|none",
+        command.add_argument("--clip", type=_clip, default=solvers.DEFAULT_CLIP, metavar="T|none|default",
                              help="highest timestep of ddpm (by default 950) and ddim (980)")  # fmt: skip
         command.add_argument("--num-iter", type=_positive, default=DEMO_NUM_ITER, help="autoregressive iterations")
         command.add_argument("--cfg", type=float, default=2.0, help="guidance scale; 1 is none")
@@ -127,13 +127,13 @@ def _labels(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
 
 
-def _clip(text: str) -> int | None:
-    if text == "none":
-        return None
+def _clip(text: str) -> int | str | None:
+    if text in ("none", solvers.DEFAULT_CLIP):
+        return None if text == "none" else text
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a timestep or 'none', got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a timestep, 'none' or 'default', got {text!r}") from None
 
 
 def _positive(text: str) -> int:

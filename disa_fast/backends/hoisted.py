@@ -32,13 +32,13 @@ def denoise(
     w = head.hoisted(z.dtype)
     times = w.time_table(table.t)
     cond = F.linear(z, *w.cond)
-    bytes_per_step = len(z) * len(w.modulation[1]) * z.element_size()
+    bytes_per_step = len(z) * w.spec.modulation_width * z.element_size()
     chunk = max(1, MODULATION_BYTES // max(1, bytes_per_step))
     x = noise
     eps_before = torch.zeros_like(x)
     for start in range(0, len(table), chunk):
         y = F.silu(times[start : start + chunk, None] + cond)
-        modulations = F.linear(y, *w.modulation)
+        modulations = w.modulation(y.flatten(0, 1)).unflatten(0, y.shape[:2])
         for i, modulation in enumerate(modulations, start):
             eps, v = evaluate(w, x.to(z.dtype), modulation, cfg)
             eps, v = eps.to(x.dtype), v.to(x.dtype)
@@ -55,10 +55,10 @@ def evaluate(w: HoistedWeights, x: Tensor, modulation: Tensor, cfg: float) -> tu
     h = F.linear(x, *w.input)
     if cfg != 1.0:
         h = torch.cat([h, h])
-    for i, (w1, b1, w2, b2) in enumerate(w.blocks):
+    for i, (linear1, linear2) in enumerate(w.blocks):
         shift, scale, gate = parts[3 * i : 3 * i + 3]
         m = torch.addcmul(shift, _norm(h, width), scale)
-        m = F.linear(F.silu(F.linear(m, w1, b1), inplace=True), w2, b2)
+        m = linear2(F.silu(linear1(m), inplace=True))
         h = torch.addcmul(h, gate, m)
     m = torch.addcmul(parts[-2], _norm(h, width), parts[-1])
     weight, bias = w.output

@@ -125,20 +125,28 @@ def train_classifier(args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-    model = model.eval().cpu().half().float()  # what is measured is what is shipped
+    model = model.eval().cpu()
     with torch.no_grad():
-        real, real_labels = data.fashion_mnist("t10k", args.data)
-        features = torch.cat([model(part) for part in real.split(500)]).double()
-        accuracy = float((model.logits(features.float()).argmax(dim=1) == real_labels).double().mean())
-    model.real_sum.copy_(features.sum(dim=0))
-    model.real_cov_sum.copy_(features.T @ features)
-    model.real_count.fill_(len(features))
-    state = {name: t.half() if t.dtype == torch.float32 else t for name, t in model.state_dict().items()}
-    save_checkpoint(args.out, state, "classifier", {})
+        for p in model.parameters():
+            p.copy_(p.half())  # what is measured is what is shipped
+    accuracy = _measure_real_images(model, args.data)
+    weights = {name: p.detach().half() for name, p in model.named_parameters()}
+    save_checkpoint(args.out, weights | dict(model.named_buffers()), "classifier", {})
     log = {"what": "classifier", "seed": args.seed, "steps": args.steps, "test_accuracy": accuracy, "torch": torch.__version__}
     with written_aside(args.out.with_suffix(".json")) as path:
         path.write_text(json.dumps(log) + "\n")
     print(f"accuracy on the 10000 test images: {accuracy:.4f}")
+
+
+@torch.no_grad()
+def _measure_real_images(model: Classifier, folder: Path) -> float:
+    """Fill the classifier's feature statistics from the 10000 test images; returns its accuracy on them."""
+    images, labels = data.fashion_mnist("t10k", folder)
+    features = torch.cat([model(part) for part in images.split(500)])
+    model.real_sum.copy_(features.double().sum(dim=0))
+    model.real_cov_sum.copy_(features.double().T @ features.double())
+    model.real_count.fill_(len(features))
+    return float((model.logits(features).argmax(dim=1) == labels).double().mean())
 
 
 def _warm_up_then_cosine(step: int, steps: int, warm_up: int = 200) -> float:
