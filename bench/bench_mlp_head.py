@@ -1,7 +1,7 @@
 """The MLP head's denoising loop, backend against backend: `make bench`.
 
-Each backend is timed by pytest-benchmark; the ratio that counts is measured apart, in pairs that alternate within one process, so that
-a neighbour's load meets both alike.
+Each backend is timed by pytest-benchmark; the ratio that counts is measured apart, in pairs that alternate within one process,
+so that a neighbour's load meets both alike.
 """
 
 import statistics

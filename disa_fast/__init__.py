@@ -1,6 +1,6 @@
 """disa_fast: autoregressive image models with diffusion heads, made fast. See README.md."""
 
-from . import models, solvers
+from . import checkpoint, models, solvers
 from .accelerate import accelerate, restore
 from .errors import UnsupportedError
 from .explain import explain
@@ -16,6 +16,7 @@ __all__ = [
     "TwoStage",
     "UnsupportedError",
     "accelerate",
+    "checkpoint",
     "explain",
     "models",
     "parse_schedule",

@@ -48,7 +48,7 @@ def accelerate(
     DPM-Solver ignores guidance; this one does not). Returns a handle, also a context manager that restores on exit. A second
     call changes the settings. Raises UnsupportedError for a structure that is not recognised, ValueError for bad settings.
     """
-    handle = model.__dict__.get(_HANDLE)
+    handle = getattr(model, "__dict__", {}).get(_HANDLE)
     if handle is None:
         handle = Accelerated(model)
     handle.configure(schedule, solver, clip, backend)
@@ -58,7 +58,7 @@ def accelerate(
 
 def restore(model: nn.Module) -> None:
     """Undo `accelerate`; nothing happens to a model that is not accelerated."""
-    handle = model.__dict__.get(_HANDLE)
+    handle = getattr(model, "__dict__", {}).get(_HANDLE)
     if handle is not None:
         handle.restore()
 

@@ -14,7 +14,9 @@ from . import solvers
 from .backends import BACKENDS
 from .demo.data import CLASSES
 from .demo.run import run_demo
-from .generate import DEMO_CHECKPOINT, Sampling, draw_images, load_model, panel, save_images, save_png
+from .generate import DEMO_CHECKPOINT, Sampling, draw_images, load_model, save_images
+from .models.mar import SIZES
+from .pictures import panel, save_png
 from .schedule import parse_schedule
 
 # Settings of the shipped model: 49 tokens in 24 iterations.
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     generate.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT, help=".pth or .safetensors; the demo's if not given")
-    generate.add_argument("--size", choices=["base", "large", "huge"], help="of a published MAR checkpoint")
+    generate.add_argument("--size", choices=SIZES, help="of a published MAR checkpoint")
     generate.add_argument("--no-ema", action="store_true", help="take 'model' rather than 'model_ema' from a training checkpoint")
     generate.add_argument("--labels", type=_labels, metavar="N,N,...", help="classes, taken in turn; all in turn if not given")
     generate.add_argument("--num-images", type=_positive, default=10)
@@ -101,8 +103,9 @@ def _generate(args: argparse.Namespace) -> int:
     name_of = (lambda label: CLASSES[label].replace(" ", "-")) if args.checkpoint == DEMO_CHECKPOINT else str
     paths = save_images(images, labels, args.out, name_of)
     if paths[0].suffix == ".png":
-        shown = min(10, len(images))
-        save_png(panel(images, "", [name_of(label) for label in labels[:shown].tolist()]), args.out / "grid.png")
+        names = [name_of(label) for label in classes.tolist()]
+        columns = names * (10 // len(names)) if len(names) <= 10 else [""] * 10
+        save_png(panel(images, columns), args.out / "grid.png")
     print(f"{len(paths)} files in {args.out}, {len(paths) / seconds:.2f} images/s, {args.schedule}")
     return 0
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, read_config
 from .files import written_aside
 from .models import MAR, mar
+from .models.mar import SIZES
+from .pictures import save_png, to_pixels
 from .schedule import Schedule, as_schedule, steps_at
 from .solvers import DEFAULT_CLIP, Solver, resolve
 
@@ -48,20 +50,17 @@ def load_model(checkpoint: Path | None = None, size: str | None = None, ema: boo
     """
     checkpoint = DEMO_CHECKPOINT if checkpoint is None else checkpoint
     config = read_config(checkpoint)
-    if config is not None:
-        name, arguments = config
-        if name != "mar" or size is not None:
-            what = (
-                f"size: {checkpoint} says itself how it is built"
-                if name == "mar"
-                else f"{checkpoint}: it holds a {name}, not a mar"
-            )
-            raise ValueError(what)
-        model = MAR(**arguments)
-    elif size is None:
-        raise ValueError(f"size: {checkpoint} does not say how it is built; expected one of base, large, huge")
-    else:
+    if config is None:
+        if size is None:
+            raise ValueError(f"size: {checkpoint} does not say how it is built; expected one of {', '.join(SIZES)}")
         model = mar(size=size)
+    else:
+        name, arguments = config
+        if name != "mar":
+            raise ValueError(f"{checkpoint}: expected a mar, it holds a {name}")
+        if size is not None:
+            raise ValueError(f"size: {checkpoint} says itself how it is built, got {size!r}")
+        model = MAR(**arguments)
     load_checkpoint(model, checkpoint, ema)
     return model.eval()
 
@@ -78,43 +77,6 @@ def draw_images(
             parts.append(model.sample_tokens(part, generator=generator, **vars(sampling)))
             bar.update(len(part))
     return torch.cat(parts).float().cpu(), time.perf_counter() - started
-
-
-def to_pixels(image: Tensor) -> np.ndarray:
-    """[1 or 3, H, W] in [-1, 1] -> [H, W] or [H, W, 3] uint8."""
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-    return pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    with written_aside(path) as aside:
-        image.save(aside, format="PNG")
-
-
-def panel(images: Tensor, title: str, columns: list[str], scale: int = 2) -> Image.Image:
-    """Images row by row under a title, one column for each name."""
-    cell = images.shape[-1] * scale + 2
-    rows = len(images) // len(columns)
-    head = 44
-    canvas = Image.new("L", (cell * len(columns), head + cell * rows), 255)
-    pen = ImageDraw.Draw(canvas)
-    pen.text((2, 2), title, fill=0, font=ImageFont.load_default(17))
-    for column, name in enumerate(columns):
-        pen.text((column * cell + 2, 27), name, fill=90, font=ImageFont.load_default(11))
-    for i, image in enumerate(images[: rows * len(columns)]):
-        tile = Image.fromarray(to_pixels(image)).resize((cell - 2, cell - 2), Image.Resampling.NEAREST)
-        canvas.paste(tile, (i % len(columns) * cell, head + i // len(columns) * cell))
-    return canvas
-
-
-def side_by_side(panels: list[Image.Image], gap: int = 24) -> Image.Image:
-    width = sum(p.width for p in panels) + gap * (len(panels) - 1)
-    canvas = Image.new("L", (width, max(p.height for p in panels)), 255)
-    x = 0
-    for p in panels:
-        canvas.paste(p, (x, 0))
-        x += p.width + gap
-    return canvas
 
 
 def save_images(images: Tensor, labels: Tensor, folder: Path, name_of: Callable[[int], str] = str) -> list[Path]:

@@ -221,6 +221,11 @@ def test_unreadable_annealing_is_refused_not_guessed(annealed):
         accelerate(annealed)
 
 
+def test_anything_else_is_refused():
+    with pytest.raises(UnsupportedError, match="expected a MAR-shaped object"):
+        accelerate(5)
+
+
 def test_our_own_model_needs_none():
     with pytest.raises(UnsupportedError, match="already fast: pass schedule="):
         accelerate(small_mar())

@@ -233,11 +233,14 @@ def test_weights_are_shared_not_copied():
 
 
 def test_does_not_grow_with_calls(head, z):
-    for steps in range(1, 300):
-        head.denoise(z[:2], solvers.dpm_solver(steps % 9 + steps // 9 + 1), backend="hoisted")
-    tables = head.hoisted(torch.float32)._time_tables
-    assert len(tables) <= 256
-    assert len(head._packed) <= 4
+    for backend in BACKENDS:
+        head.denoise(z, solvers.ddpm(2), backend=backend)
+    packed, hoisted = len(head._packed), head.hoisted(torch.float32)
+    for steps in range(1, 301):
+        hoisted.time_table(solvers.dpm_solver(steps))
+    head.denoise(z, solvers.ddpm(2))
+    assert hoisted._time_table.cache_info().currsize == 256
+    assert len(head._packed) == packed
 
 
 def test_many_threads(z):
@@ -310,6 +313,7 @@ def test_copies_are_independent(z):
             r"noise: expected a floating point \[3, 16\] or \[6, 16\] tensor, got \[4, 16\]",
         ),
         ({"step_noise": torch.zeros(4, 6, 16)}, r"step_noise: expected a floating point \[5, 6, 16\] tensor, got \[4, 6, 16\]"),
+        ({"noise": torch.zeros(6, 16, device="meta")}, "noise: expected it on cpu, where z is, got .*meta"),
         ({"dtype": torch.int32}, "dtype: expected a floating point torch.dtype or None, got torch.int32"),
         (
             {"backend": "tpu"},
@@ -341,6 +345,8 @@ def test_state_dict_with_missing_extra_or_misshapen_keys():
         MLPHead.from_state_dict({**sd, "final_layer.linear.weight": torch.zeros(16, 64)})
     with pytest.raises(ValueError, match="expected the parameters of a MAR diffusion head"):
         MLPHead.from_state_dict({})
+    with pytest.raises(ValueError, match=r"input_proj.bias: expected a floating point tensor, got \[64\] of torch.int8"):
+        MLPHead.from_state_dict({**sd, "input_proj.bias": torch.zeros(64, dtype=torch.int8)})
     with pytest.raises(ValueError, match=r"net \(Linear\): expected the parameters of a MAR diffusion head"):
         MLPHead.from_module(torch.nn.Linear(3, 3))
 

@@ -98,6 +98,8 @@ def test_table_checks_its_arrays():
         StepTable(**{**good, "b": good["b"][1:]})
     with pytest.raises(ValueError, match=r"noisy: expected .* bool"):
         StepTable(**{**good, "noisy": good["a"]})
+    with pytest.raises(ValueError, match="draws: expected True, since some steps are noisy"):
+        StepTable(**{**good, "draws": False})
     with pytest.raises(ValueError, match="read-only"):
         ddpm(5).a[0] = 0
 

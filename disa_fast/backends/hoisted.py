@@ -30,7 +30,7 @@ def denoise(
     head: MLPHead, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
 ) -> Tensor:
     w = head.hoisted(z.dtype)
-    times = w.time_table(table.t)
+    times = w.time_table(table)
     cond = F.linear(z, *w.cond)
     bytes_per_step = len(z) * w.spec.modulation_width * z.element_size()
     chunk = max(1, MODULATION_BYTES // max(1, bytes_per_step))

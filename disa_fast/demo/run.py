@@ -11,7 +11,8 @@ import torch
 
 from .. import backends
 from ..files import written_aside
-from ..generate import Sampling, draw_images, load_model, panel, save_png, side_by_side
+from ..generate import Sampling, draw_images, load_model
+from ..pictures import panel, save_png, side_by_side
 from . import data
 from .quality import Classifier, measure
 
@@ -35,7 +36,7 @@ def run_demo(sampling: Sampling, num_images: int, seed: int, batch: int, out: Pa
         quality = measure(images, labels, classifier)
         evaluations = settings.network_evaluations()
         rows.append({"name": name, "evaluations": evaluations, "seconds": seconds, **dataclasses.asdict(quality)})
-        panels.append(panel(images[: PICTURE_ROWS * len(data.CLASSES)], name, list(data.CLASSES)))
+        panels.append(panel(images[: PICTURE_ROWS * len(data.CLASSES)], data.CLASSES, name))
     baseline = next(row for row in rows if row["name"] == f"{BASELINE_STEPS} constant steps")
     for row in rows:
         row["speed_up"] = baseline["seconds"] / row["seconds"]
@@ -45,7 +46,7 @@ def run_demo(sampling: Sampling, num_images: int, seed: int, batch: int, out: Pa
     result = {
         "settings": {**vars(sampling), "schedule": str(sampling.schedule), "num_images": num_images, "seed": seed, "batch": batch},
         "backend": chosen if sampling.backend == "auto" else sampling.backend,
-        "machine": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "rows": rows,
     }
     save_png(side_by_side(panels), out / "demo.png")
@@ -70,7 +71,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -16,12 +16,10 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +31,7 @@ FREQUENCIES = 256
 LN_EPS = 1e-6
 _TIME_TABLES_KEPT = 256
 
-T = TypeVar("T")
+Packed = TypeVar("Packed")
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
@@ -126,9 +124,14 @@ def _rates() -> Tensor:
 _RATES = _rates()
 
 
+@functools.cache
+def _rates_on(device: torch.device) -> Tensor:
+    return _RATES.to(device)
+
+
 def frequencies(t: Tensor) -> Tensor:
     """cos and sin features of time, [T] -> [T, 256] float32. Always float32, as the published heads compute them."""
-    angles = t.float()[:, None] * _RATES.to(t.device)
+    angles = t.float()[:, None] * _rates_on(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -236,7 +239,10 @@ class HoistedWeights:
         ]
         folded = [self._fold_block(i) for i in range(spec.depth)] + [self._fold_final()]
         self.modulation = packed_linear(*(torch.cat([part[kind] for part in folded]) for kind in (0, 1)))
-        self._time_tables: OrderedDict[bytes, Tensor] = OrderedDict()
+        device = self.cond[0].device
+        self._time_table = functools.lru_cache(_TIME_TABLES_KEPT)(
+            lambda t: embed_time(p, torch.tensor(t, dtype=torch.float64, device=device))
+        )
 
     def _fold_block(self, i: int) -> tuple[Tensor, Tensor]:
         p, block = self._p, f"res_blocks.{i}."
@@ -252,16 +258,9 @@ class HoistedWeights:
         shift_b, scale_b = bias.chunk(2)
         return weight, torch.cat([shift_b, 1 + scale_b])
 
-    def time_table(self, t: np.ndarray) -> Tensor:
-        """time_embed of every step, [T, width]; kept for the step grids last used (H1)."""
-        key = t.tobytes()
-        table = self._time_tables.get(key)
-        if table is None:
-            table = embed_time(self._p, torch.tensor(t, device=self.cond[0].device))
-            self._time_tables[key] = table
-            while len(self._time_tables) > _TIME_TABLES_KEPT:
-                self._time_tables.popitem(last=False)
-        return table
+    def time_table(self, table: StepTable) -> Tensor:
+        """time_embed of every step, [T, width]; kept for the grids used last (H1)."""
+        return self._time_table(tuple(table.t.tolist()))
 
 
 class MLPHead:
@@ -290,6 +289,9 @@ class MLPHead:
         The tensors are shared, not copied. ValueError names missing, unexpected and misshapen parameters.
         """
         sd = {name.removeprefix(prefix): tensor for name, tensor in sd.items() if name.startswith(prefix)}
+        for name, tensor in sd.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise ValueError(f"state dict: {name}: expected a floating point tensor, got {_describe(tensor)}")
         spec = MLPSpec.of({name: tuple(t.shape) for name, t in sd.items()}, where="state dict")
         with torch.device("meta"):
             net = MLPNet(spec)
@@ -323,7 +325,7 @@ class MLPHead:
     def device(self) -> torch.device:
         return self._net.get_parameter("input_proj.weight").device
 
-    def packed(self, kind: str, dtype: torch.dtype, build: Callable[[dict[str, Tensor], MLPSpec], T]) -> T:
+    def packed(self, kind: str, dtype: torch.dtype, build: Callable[[dict[str, Tensor], MLPSpec], Packed]) -> Packed:
         """build(parameters in `dtype`, spec), kept under (kind, dtype) until a parameter changes."""
         with self._lock:
             parameters = dict(self._net.named_parameters())
@@ -385,11 +387,13 @@ class MLPHead:
         guided = cfg != 1.0
         trajectories = len(z) // 2 if guided else len(z)
 
-        def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            device = z.device if generator is None else generator.device
-            return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        def draw_on(device: torch.device) -> Draw:
+            device = device if generator is None else generator.device
+            return lambda shape, dtype: torch.randn(shape, dtype=dtype, device=device, generator=generator).to(z.device)
 
-        drawn = draw_noise(table, len(z), self.spec.in_channels, guided, draw, state_dtype, noise, step_noise)
+        # Upstream draws the start with the CPU's generator, also for a model on a GPU, and the step noise where the model is.
+        draws = draw_on(torch.device("cpu")), draw_on(z.device)
+        drawn = draw_noise(table, len(z), self.spec.in_channels, guided, *draws, state_dtype, noise, step_noise)
         noise, step_noise = (
             _trajectory_rows(name, tensor, z, trajectories, lead, self.spec.in_channels, state_dtype)
             for name, tensor, lead in (("noise", drawn[0], ()), ("step_noise", drawn[1], (len(table),)))
@@ -421,7 +425,8 @@ def draw_noise(
     rows: int,
     channels: int,
     guided: bool,
-    draw: Draw,
+    draw_start: Draw,
+    draw_step: Draw,
     dtype: torch.dtype,
     noise: Tensor | None = None,
     step_noise: Tensor | None = None,
@@ -432,9 +437,9 @@ def draw_noise(
     too, and at steps that add none of it. step_noise stays None for a table that does not draw.
     """
     if noise is None:
-        noise = draw((rows // 2 if guided else rows, channels), dtype)
+        noise = draw_start((rows // 2 if guided else rows, channels), dtype)
     if step_noise is None and table.draws:
-        step_noise = torch.stack([draw((rows, channels), dtype) for _ in range(len(table))])
+        step_noise = torch.stack([draw_step((rows, channels), dtype) for _ in range(len(table))])
     return noise, step_noise
 
 
@@ -445,10 +450,12 @@ def _trajectory_rows(
     if tensor is None:
         return None
     allowed = {(*lead, rows, channels) for rows in (trajectories, len(z))}
+    shapes = " or ".join(str(list(shape)) for shape in sorted(allowed))
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in allowed or not tensor.is_floating_point():
-        shapes = " or ".join(str(list(shape)) for shape in sorted(allowed))
         raise ValueError(f"{name}: expected a floating point {shapes} tensor, got {_describe(tensor)}")
-    return tensor.narrow(-2, 0, trajectories).to(z.device, dtype)
+    if tensor.device != z.device:
+        raise ValueError(f"{name}: expected it on {z.device}, where z is, got {_describe(tensor)}")
+    return tensor.narrow(-2, 0, trajectories).to(dtype)
 
 
 def _scalar(name: str, value: float | Tensor) -> float:

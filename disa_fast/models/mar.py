@@ -257,7 +257,7 @@ class MAR(nn.Module):
         labels: Tensor | None,
         schedule: Schedule | str = "linear:50-5",
         num_iter: int = 64,
-        cfg: float = 1.0,
+        cfg: float = 3.0,
         cfg_schedule: str = "linear",
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
@@ -311,7 +311,8 @@ class MAR(nn.Module):
             table = table_for(steps_at(schedule, k, num_iter))
             noise = step_noise = None
             if draw is not None:
-                noise, step_noise = draw_noise(table, len(z), self.token_embed_dim, guided, draw, tokens.dtype)
+                drawn = draw_noise(table, len(z), self.token_embed_dim, guided, draw, draw, tokens.dtype)
+                noise, step_noise = (None if tensor is None else tensor.to(z.device) for tensor in drawn)
             drawn = self.head.denoise(
                 z, table, scale, temperature, noise=noise, step_noise=step_noise, generator=generator, backend=backend
             )

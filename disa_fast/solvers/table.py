@@ -47,6 +47,8 @@ class StepTable:
             value.flags.writeable = False
         if len(self.t) == 0:
             raise ValueError("t: expected at least one step, got none")
+        if self.noisy.any() and not self.draws:
+            raise ValueError("draws: expected True, since some steps are noisy")
 
     def __len__(self) -> int:
         return len(self.t)
