@@ -14,9 +14,9 @@ from . import solvers
 from .backends import BACKENDS
 from .demo.data import CLASSES
 from .demo.run import run_demo
-from .generate import DEMO_CHECKPOINT, Sampling, draw_images, load_model, save_images
+from .generate import DEMO_CHECKPOINT, Sampling, draw_images, labels_in_turn, load_model, save_images
 from .models.mar import SIZES
-from .pictures import panel, save_png
+from .pictures import columns_of, panel, save_png
 from .schedule import parse_schedule
 
 # Settings of the shipped model: 49 tokens in 24 iterations.
@@ -60,15 +60,17 @@ def _parser() -> argparse.ArgumentParser:
         VAE.""",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    generate.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT, help=".pth or .safetensors; the demo's if not given")
     generate.add_argument("--size", choices=SIZES, help="of a published MAR checkpoint")
     generate.add_argument("--no-ema", action="store_true", help="take 'model' rather than 'model_ema' from a training checkpoint")
-    generate.add_argument("--labels", type=_labels, metavar="N,N,...", help="classes, taken in turn; all in turn if not given")
     generate.add_argument("--num-images", type=_positive, default=10)
     generate.add_argument("--out", type=Path, default=Path("generated"), help="folder to write into")
     generate.set_defaults(run=_generate)
 
     for command in (demo, generate):
+        command.add_argument(
+            "--checkpoint", type=Path, default=DEMO_CHECKPOINT, help=".pth or .safetensors; the demo's if not given"
+        )
+        command.add_argument("--labels", type=_labels, metavar="N,N,...", help="classes, taken in turn; all in turn if not given")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument(
             "--schedule", type=_schedule, default="linear:50-5",
@@ -82,30 +84,29 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--cfg-schedule", choices=["linear", "constant"], default="linear")
         command.add_argument("--temperature", type=float, default=1.0, help="factor on the head's step noise")
         command.add_argument("--batch-size", type=_positive, default=100)
+        command.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--backend", default="auto", help=f"auto, {', '.join(BACKENDS)}")
         command.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
 def _demo(args: argparse.Namespace) -> int:
-    print(run_demo(_sampling(args), args.num_images, args.seed, args.batch_size, args.out, progress=not args.quiet))
+    model = load_model(args.checkpoint).to(args.device)
+    classes = args.labels or range(len(CLASSES))
+    print(run_demo(model, _sampling(args), classes, args.num_images, args.seed, args.batch_size, args.out, not args.quiet))
     print(f"\nwritten: {args.out / 'demo.png'}, {args.out / 'demo.json'}")
     return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
-    model = load_model(args.checkpoint, args.size, ema=not args.no_ema)
-    classes = torch.tensor(args.labels) if args.labels else torch.arange(model.class_emb.num_embeddings)
-    labels = classes.repeat(-(-args.num_images // len(classes)))[: args.num_images]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device)
-    images, seconds = draw_images(model, labels.to(device), _sampling(args), args.seed, args.batch_size, progress=not args.quiet)
+    model = load_model(args.checkpoint, args.size, ema=not args.no_ema).to(args.device)
+    classes = args.labels or range(model.class_emb.num_embeddings)
+    labels = labels_in_turn(classes, args.num_images)
+    images, seconds = draw_images(model, labels, _sampling(args), args.seed, args.batch_size, progress=not args.quiet)
     name_of = (lambda label: CLASSES[label].replace(" ", "-")) if args.checkpoint == DEMO_CHECKPOINT else str
     paths = save_images(images, labels, args.out, name_of)
     if paths[0].suffix == ".png":
-        names = [name_of(label) for label in classes.tolist()]
-        columns = names * (10 // len(names)) if len(names) <= 10 else [""] * 10
-        save_png(panel(images, columns), args.out / "grid.png")
+        save_png(panel(images, columns_of([name_of(c) for c in classes])), args.out / "grid.png")
     print(f"{len(paths)} files in {args.out}, {len(paths) / seconds:.2f} images/s, {args.schedule}")
     return 0
 
@@ -137,6 +138,15 @@ def _clip(text: str) -> int | str | None:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a timestep, 'none' or 'default', got {text!r}") from None
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _positive(text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,11 @@ def load_model(checkpoint: Path | None = None, size: str | None = None, ema: boo
     return model.eval()
 
 
+def labels_in_turn(classes: Sequence[int], count: int) -> Tensor:
+    """[count] int64: the classes over and over."""
+    return torch.tensor(classes).repeat(-(-count // len(classes)))[:count]
+
+
 def draw_images(
     model: MAR, labels: Tensor, sampling: Sampling, seed: int, batch: int, progress: bool = True, name: str = "drawing"
 ) -> tuple[Tensor, float]:
@@ -73,7 +78,7 @@ def draw_images(
     parts, started = [], time.perf_counter()
     bar = tqdm(total=len(labels), desc=name, unit="image", disable=not progress)
     with bar:
-        for part in labels.split(batch):
+        for part in labels.to(model.fake_latent.device).split(batch):
             parts.append(model.sample_tokens(part, generator=generator, **vars(sampling)))
             bar.update(len(part))
     return torch.cat(parts).float().cpu(), time.perf_counter() - started

@@ -26,6 +26,11 @@ def save_png(image: Image.Image, path: Path) -> None:
         image.save(aside, format="PNG")
 
 
+def columns_of(names: Sequence[str], most: int = 10) -> list[str]:
+    """Column names for images whose kinds come in turn: whole rounds of the kinds, or unnamed columns if there are too many."""
+    return list(names) * (most // len(names)) if len(names) <= most else [""] * most
+
+
 def panel(images: Tensor, columns: Sequence[str], title: str = "", scale: int = 2) -> Image.Image:
     """[N, 1 or 3, H, W] row by row, as many columns as names; the title and the names above, if there are any."""
     height, width = (side * scale + 2 for side in images.shape[-2:])

@@ -83,9 +83,20 @@ def test_refusals_leave_no_files(tmp_path, capsys, arguments, message):
     assert not out.exists()
 
 
+def test_demo_refuses_other_models_and_classes(tmp_path, capsys):
+    checkpoint, out = tmp_path / "small.safetensors", tmp_path / "out"
+    save_checkpoint(checkpoint, small_mar().state_dict(), "mar", SMALL)
+    assert main(["demo", *QUICK, "--checkpoint", str(checkpoint), "--out", str(out)]) == 2
+    assert "the demo needs a model of 28x28 grey images" in capsys.readouterr().err
+    assert main(["demo", *QUICK, "--labels", "3,10", "--out", str(out)]) == 2
+    assert "labels: expected classes 0..9, got [3, 10]" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--device", "abacus"], "cannot use 'abacus'"),
         (["--schedule", "linear:5-50"], "late: expected at most early = 5, got 50"),
         (["--schedule", "fast"], "schedule: expected 'linear:50-5'"),
         (["--num-images", "0"], "expected a whole number from 1, got '0'"),

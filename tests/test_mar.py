@@ -176,6 +176,7 @@ def test_patches_there_and_back():
         ({"labels": torch.tensor([-1])}, r"labels: expected classes 0\.\.9, got \[-1\]"),
         ({"labels": torch.tensor([[1]])}, r"labels: expected a \[B\] tensor"),
         ({"labels": torch.tensor([1.0])}, r"labels: expected a \[B\] tensor of whole numbers"),
+        ({"labels": LABELS.to("meta")}, "labels: expected it on cpu, where the model is, got meta"),
         ({"labels": None}, "labels, orders, bsz: expected one batch size, got none of them"),
         ({"bsz": 3}, r"labels, orders, bsz: expected one batch size, got {'labels': 2, 'bsz': 3}"),
         ({"orders": torch.zeros(2, 16, dtype=torch.int64)}, r"orders: expected \[2, 16\], each row a permutation"),

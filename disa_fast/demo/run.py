@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .. import backends
 from ..files import written_aside
-from ..generate import Sampling, draw_images, load_model
-from ..pictures import panel, save_png, side_by_side
+from ..generate import Sampling, draw_images, labels_in_turn
+from ..models import MAR
+from ..pictures import columns_of, panel, save_png, side_by_side
 from . import data
 from .quality import Classifier, measure
 
@@ -20,10 +23,20 @@ PICTURE_ROWS = 5
 BASELINE_STEPS = 100
 
 
-def run_demo(sampling: Sampling, num_images: int, seed: int, batch: int, out: Path, progress: bool) -> str:
-    """Draw, write demo.png and demo.json into `out`, and return the table as text."""
-    model, classifier = load_model(), Classifier.load()
-    labels = torch.arange(num_images) % len(data.CLASSES)
+def run_demo(
+    model: MAR, sampling: Sampling, classes: Sequence[int], num_images: int, seed: int, batch: int, out: Path, progress: bool
+) -> str:
+    """Draw, write demo.png and demo.json into `out`, and return the table as text.
+
+    Raises ValueError for a model that does not draw Fashion-MNIST's 28x28 grey images, or classes that are not its.
+    """
+    if (model.vae_embed_dim, model.seq_h * model.patch_size, model.class_emb.num_embeddings) != (1, 28, len(data.CLASSES)):
+        raise ValueError("checkpoint: the demo needs a model of 28x28 grey images in 10 classes; try disa-fast generate")
+    if not all(0 <= c < len(data.CLASSES) for c in classes):
+        raise ValueError(f"labels: expected classes 0..{len(data.CLASSES) - 1}, got {list(classes)}")
+    classifier = Classifier.load()
+    labels = labels_in_turn(classes, num_images)
+    columns = columns_of([data.CLASSES[c] for c in classes])
     constant = dataclasses.replace(sampling, schedule=f"constant:{BASELINE_STEPS}")
     runs = {f"{BASELINE_STEPS} constant steps": constant, f"DiSA {sampling.schedule}": sampling}
     if sampling.solver == "ddpm":
@@ -36,7 +49,7 @@ def run_demo(sampling: Sampling, num_images: int, seed: int, batch: int, out: Pa
         quality = measure(images, labels, classifier)
         evaluations = settings.network_evaluations()
         rows.append({"name": name, "evaluations": evaluations, "seconds": seconds, **dataclasses.asdict(quality)})
-        panels.append(panel(images[: PICTURE_ROWS * len(data.CLASSES)], data.CLASSES, name))
+        panels.append(panel(images[: PICTURE_ROWS * len(columns)], columns, name))
     baseline = next(row for row in rows if row["name"] == f"{BASELINE_STEPS} constant steps")
     for row in rows:
         row["speed_up"] = baseline["seconds"] / row["seconds"]
@@ -46,7 +59,8 @@ def run_demo(sampling: Sampling, num_images: int, seed: int, batch: int, out: Pa
     result = {
         "settings": {**vars(sampling), "schedule": str(sampling.schedule), "num_images": num_images, "seed": seed, "batch": batch},
         "backend": chosen if sampling.backend == "auto" else sampling.backend,
-        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": {"device": _device_name(head.device), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "date": datetime.date.today().isoformat(),
         "rows": rows,
     }
     save_png(side_by_side(panels), out / "demo.png")
@@ -69,6 +83,10 @@ def table(rows: list[dict]) -> str:
             f"| {row['frechet']:.2f} ({row['frechet_interval'][0]:.2f} to {row['frechet_interval'][1]:.2f}) |"
         )
     return "\n".join(lines)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def cpu_name() -> str:

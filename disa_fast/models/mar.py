@@ -225,9 +225,7 @@ class MAR(nn.Module):
         """
         tokens = self.patchify(images)
         batch, device = len(tokens), tokens.device
-        ratio = self._mask_ratio()
-        count = math.ceil(self.seq_len * ratio)
-        masked = self._masked(self.random_orders(batch), count)
+        masked = self._masked(self.random_orders(batch), math.ceil(self.seq_len * self._mask_ratio()))
 
         class_embedding = self.class_emb(labels)
         if self.training:
@@ -311,7 +309,8 @@ class MAR(nn.Module):
             table = table_for(steps_at(schedule, k, num_iter))
             noise = step_noise = None
             if draw is not None:
-                drawn = draw_noise(table, len(z), self.token_embed_dim, guided, draw, draw, tokens.dtype)
+                state_dtype = torch.promote_types(tokens.dtype, torch.float32)
+                drawn = draw_noise(table, len(z), self.token_embed_dim, guided, draw, draw, state_dtype)
                 noise, step_noise = (None if tensor is None else tensor.to(z.device) for tensor in drawn)
             drawn = self.head.denoise(
                 z, table, scale, temperature, noise=noise, step_noise=step_noise, generator=generator, backend=backend
@@ -321,7 +320,10 @@ class MAR(nn.Module):
         return self.unpatchify(tokens)
 
     def _batch_size(self, labels: Tensor | None, orders: Tensor | None, bsz: int | None) -> int:
-        classes = self.class_emb.num_embeddings
+        classes, device = self.class_emb.num_embeddings, self.fake_latent.device
+        for name, tensor in (("labels", labels), ("orders", orders)):
+            if isinstance(tensor, Tensor) and tensor.device != device:
+                raise ValueError(f"{name}: expected it on {device}, where the model is, got {tensor.device}")
         if labels is not None:
             if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
                 raise ValueError(f"labels: expected a [B] tensor of whole numbers or None, got {labels!r}")
@@ -333,7 +335,7 @@ class MAR(nn.Module):
             raise ValueError(f"labels, orders, bsz: expected one batch size, got {given or 'none of them'}")
         batch = next(iter(given.values()))
         if orders is not None:
-            every = torch.arange(self.seq_len, device=orders.device).expand(batch, -1)
+            every = torch.arange(self.seq_len, device=device).expand(batch, -1)
             if tuple(orders.shape) != (batch, self.seq_len) or not torch.equal(orders.sort(dim=1).values, every):
                 raise ValueError(f"orders: expected [{batch}, {self.seq_len}], each row a permutation of the tokens")
         return batch
