@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draw with the shipped model, with constant steps and with DiSA, and compare",
         description="""Draws the same images with 100 constant denoising steps and with an annealed schedule on one seed, writes
         OUT/demo.png (side by side) and OUT/demo.json, and prints network evaluations, seconds, class accuracy and Frechet distance.
-        Takes about a minute on two CPU cores.""",
+        Takes about two minutes on two CPU cores.""",
         formatter_class=_Help,
     )
     demo.add_argument("--num-images", type=_positive, default=200, help="images of each kind, classes in turn")
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--num-iter", type=_positive, help=f"autoregressive iterations (default: {DEMO_NUM_ITER}; with --size, 64)"
         )
-        command.add_argument("--cfg", type=float, default=2.0, help="guidance scale; 1 is none")
+        command.add_argument("--cfg", type=float, default=3.0, help="guidance scale; 1 is none")
         command.add_argument("--cfg-schedule", choices=["linear", "constant"], default="linear", help="over the iterations")
         command.add_argument("--temperature", type=float, default=1.0, help="factor on the head's step noise")
         command.add_argument("--batch-size", type=_positive, default=100, help="images at a time")

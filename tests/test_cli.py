@@ -16,11 +16,12 @@ QUICK = ["--quiet", "--num-iter", "2", "--schedule", "linear:3-2"]
 
 
 def test_the_shipped_model_draws_recognisable_clothes():
-    """DiSA's setting. Real test images get 92 % from this classifier; pure noise or blank images get 10 %."""
+    """DiSA's setting. Real test images get 91 % from this classifier; pure noise or blank images get 10 %."""
     labels = torch.arange(60) % 10
-    images, _ = draw_images(load_model(), labels, Sampling(num_iter=24, cfg=2.0), seed=1, batch=60, progress=False)
+    images, _ = draw_images(load_model(), labels, Sampling(num_iter=24, cfg=3.0), seed=1, batch=60, progress=False)
     quality = measure(images, labels, Classifier.load())
-    assert quality.accuracy > 0.6
+    assert quality.accuracy > 0.85
+    assert quality.frechet < 40
 
 
 def test_demo(tmp_path, capsys, monkeypatch):

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from ..checkpoint import load_checkpoint
 
 CLASSIFIER_FILE = Path(__file__).parent / "weights" / "classifier_fashion_mnist.safetensors"
-FEATURES = 64
-_FOLDS = 20
+FEATURES = 16
+_MOST_FOLDS = 20
+_FEWEST_IMAGES = 40
 
 
 class Classifier(nn.Module):
-    """[N, 1, 28, 28] in [-1, 1] -> [N, 64] features; `logits` makes [N, 10] of them. Carries the feature statistics of the 10000
+    """[N, 1, 28, 28] in [-1, 1] -> [N, 16] features; `logits` makes [N, 10] of them. Carries the feature statistics of the 10000
     real test images, as the sums that torchmetrics keeps."""
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class Classifier(nn.Module):
 class Quality:
     """accuracy: share of images that the classifier puts in the class asked for, with a 95 % Wilson interval.
     frechet: distance to the real test images, corrected for the number of images, with a 95 % interval; both from a jackknife
-    over 20 groups. Near 0 for other real images."""
+    over up to 20 groups of images. Near 0 for other real images."""
 
     accuracy: float
     accuracy_interval: tuple[float, float]
@@ -62,23 +63,31 @@ class Quality:
 
 @torch.no_grad()
 def measure(images: Tensor, labels: Tensor, classifier: Classifier) -> Quality:
-    """images: [N, 1, 28, 28] in [-1, 1], at least 40; labels: [N], the classes asked for."""
-    if len(images) < 2 * _FOLDS:
-        raise ValueError(f"images: expected at least {2 * _FOLDS} to estimate a distance, got {len(images)}")
+    """images: [N, 1, 28, 28] in [-1, 1], at least 40; labels: [N], the classes asked for, evenly spread.
+
+    Raises ValueError for fewer images.
+    """
+    folds = min(_MOST_FOLDS, len(labels) // len(labels.unique()))
+    if len(images) < _FEWEST_IMAGES or folds < 2:
+        raise ValueError(
+            f"images: expected at least {_FEWEST_IMAGES}, two of each class, to estimate a distance, got {len(images)}"
+        )
     features = torch.cat([classifier(part) for part in images.clamp(-1, 1).split(500)])
     correct = classifier.logits(features).argmax(dim=1) == labels
     accuracy = float(correct.double().mean())
 
     # The plain estimate grows as 1/N on fewer images; the jackknife takes that term off, and gives the spread.
-    group = torch.arange(len(features)) % _FOLDS
-    without = torch.tensor([frechet_distance(features[group != g], classifier) for g in range(_FOLDS)])
-    distance = _FOLDS * frechet_distance(features, classifier) - (_FOLDS - 1) * float(without.mean())
-    half_width = 1.96 * math.sqrt((_FOLDS - 1) / _FOLDS * float((without - without.mean()).square().sum()))
+    # Every group holds all classes alike: leaving out a whole class would not be a smaller sample but another one.
+    group = torch.empty(len(features), dtype=torch.int64)
+    group[labels.argsort(stable=True)] = torch.arange(len(features)) % folds
+    without = torch.tensor([frechet_distance(features[group != g], classifier) for g in range(folds)])
+    distance = folds * frechet_distance(features, classifier) - (folds - 1) * float(without.mean())
+    half_width = 1.96 * math.sqrt((folds - 1) / folds * float((without - without.mean()).square().sum()))
     return Quality(accuracy, wilson(accuracy, len(images)), distance, (distance - half_width, distance + half_width))
 
 
 def frechet_distance(features: Tensor, classifier: Classifier) -> float:
-    """Frechet distance between normals fitted to `features`, [N, 64], and to the real test images' features."""
+    """Frechet distance between normals fitted to `features`, [N, 16], and to the real test images' features."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ModuleNotFoundError as error:
