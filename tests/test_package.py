@@ -1,5 +1,6 @@
 """The package as installed, and the promises of README.md that can be checked."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import disa_fast
+from disa_fast.demo.run import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,6 +35,17 @@ def test_installed_with_its_data():
 
 def test_public_names():
     assert all(hasattr(disa_fast, name) for name in disa_fast.__all__)
+
+
+def test_numbers_in_the_readme_are_the_committed_results():
+    results = ROOT / "bench" / "results"
+    assert table(json.loads((results / "demo.json").read_text())["rows"]) in README
+    ratios = [run["extra_info"] for run in json.loads((results / "mlp_head.json").read_text())["benchmarks"]]
+    ratios = [info for info in ratios if "ratio" in info]
+    assert len(ratios) == 4
+    for info in ratios:
+        low, high = info["quartiles"]
+        assert f"| {info['rows']} | {info['ratio']:.2f}x | {low:.2f} to {high:.2f} |" in README
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:bench|docs|tests|disa_fast)/[\w./-]+\w", README))))
