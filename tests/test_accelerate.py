@@ -62,6 +62,17 @@ def test_annealed_object_keeps_its_own_settings(strategy, schedule, cfg):
     assert torch.equal(draw(model, cfg), before)
 
 
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_the_native_model_draws_the_same_tokens(annealed, cfg):
+    """One torch seed, the same orders: upstream's loop with upstream's head, and ours with ours."""
+    theirs = draw(annealed, cfg, seed=4)
+    np.random.seed(4)
+    orders = torch.from_numpy(np.stack([np.random.permutation(16) for _ in range(2)]))
+    torch.manual_seed(4)
+    ours = annealed.backbone.sample_tokens(torch.tensor([1, 7]), Linear(12, 3), num_iter=6, cfg=cfg, orders=orders)
+    assert_close(ours, theirs, worst=1e-5 * float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("clip", [900, 999])
 def test_its_own_clip_is_read_off_its_timesteps(clip):
     model = UpstreamLikeMAR(AnnealedDiffLoss, upper=30, lower=25, clip=clip)

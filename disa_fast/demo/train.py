@@ -165,7 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m disa_fast.demo.train", description=__doc__)
     parser.add_argument("what", choices=["mar", "classifier"], nargs="?", default="mar")
     parser.add_argument("--data", type=Path, default=data.DEFAULT_FOLDER, help="folder with the four idx .gz files")
-    parser.add_argument("--out", type=Path, help="safetensors file to write; the loss curve goes beside it as .json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="safetensors file to write (default: WHAT_fashion_mnist.safetensors here); the log goes beside it as .json",
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps (mar: 7000, classifier: 3000)")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -174,7 +178,7 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the blocks")
     args = parser.parse_args()
-    args.out = args.out or Path(__file__).parent / "weights" / f"{args.what}_fashion_mnist.safetensors"
+    args.out = args.out or Path(f"{args.what}_fashion_mnist.safetensors")
     if args.what == "mar":
         args.steps = args.steps or 7000
         train_mar(args)
