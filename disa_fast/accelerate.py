@@ -39,9 +39,9 @@ def accelerate(
     """Make `model` draw its tokens with disa_fast, `schedule` deciding the denoising steps of each autoregressive step.
 
     model: a MAR of the original or of the DiSA repository, or any object of that structure. Its parameters are shared.
-    schedule: T(k); None: the object's own annealing settings where it has them (then also its own solver and clip, unless given
-        here), else "linear:50-5". "constant:25" with clip=None is what an unannealed upstream object does by itself.
-    solver, clip: see disa_fast.solvers.resolve; by default "ddpm" clipped at 950.
+    schedule: T(k); None: the object's own annealing settings where it has them, with its own solver and clip unless those are
+        given, else "linear:50-5". "constant:25" with clip=None is what an unannealed upstream object does by itself.
+    solver, clip: see disa_fast.solvers.resolve; otherwise "ddpm" clipped at 950.
     backend: see MLPHead.denoise.
 
     With step counts and solver unchanged, one seed gives the same tokens before and after, up to rounding (upstream's
@@ -100,7 +100,7 @@ class Accelerated:
         self._steps: Counter[int] = Counter()
 
     def configure(self, schedule: Schedule | str | None, solver: str | Solver | None, clip: int | str | None, backend: str) -> None:
-        own = _own_settings(self._diffloss) if schedule is None or solver is None else None
+        own = _own_settings(self._diffloss) if schedule is None else None
         own_schedule, own_solver, own_clip = own or (DEFAULT_SCHEDULE, "ddpm", DEFAULT_CLIP)
         if solver is None:
             solver = own_solver

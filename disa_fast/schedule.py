@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 Schedule = Callable[[int, int], int]
 
@@ -22,11 +23,11 @@ _LINEAR_ROUNDINGS: dict[str, Callable[[int, int, int, int], int]] = {
 
 
 def _check_steps(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name}: expected a whole number of denoising steps, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1 denoising step, got {value}")
-    return value
+    return int(value)
 
 
 def _check_position(k: int, K: int) -> None:

@@ -224,6 +224,7 @@ def test_unreadable_annealing_is_refused_not_guessed(annealed):
     annealed.diffloss.gen_diffusion = [object()]
     with pytest.raises(UnsupportedError, match=r"its step counts cannot be read from diffloss\.gen_diffusion; pass schedule="):
         accelerate(annealed)
+    assert accelerate(annealed, schedule="linear:9-3").report()["schedule"] == Linear(9, 3)
     annealed.diffloss.gen_diffusion = list(range(3, 13))
     assert accelerate(annealed).report()["schedule"] == Linear(12, 3)
     annealed.diffloss.diff_annealing_strategy = "sinus"

@@ -2,6 +2,7 @@ import copy
 import functools
 import threading
 
+import numpy as np
 import pytest
 import torch
 from compare import assert_as_good_as, assert_close
@@ -97,6 +98,31 @@ def test_a_table_without_the_clip_fails_the_comparison():
     out, truth = run_recorded("slim", "mar_head", case, torch.float32, "hoisted", table=unclipped)
     with pytest.raises(AssertionError, match="worst element"):
         assert_close(out, truth, worst=max(1e-5, 10 * case["f32_vs_f64"]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_every_column_of_a_table_counts(backend, cfg):
+    """The update of StepTable's docstring, written out, on a table that uses all of it, the previous output too."""
+    head, steps = random_head(dtype=torch.float64), 4
+    columns = np.random.default_rng(0).normal(size=(5, steps)) * 0.5
+    table = solvers.StepTable("any", np.linspace(900, 3, steps), *columns, noisy=np.array([True, False, True, True]), draws=True)
+    z = torch.randn(6, 48, dtype=torch.float64)
+    noise, step_noise = torch.randn(6, 16, dtype=torch.float64), torch.randn(steps, 6, 16, dtype=torch.float64)
+    out = head.denoise(z, table, cfg=cfg, temperature=0.7, noise=noise, step_noise=step_noise, backend=backend)
+
+    n = 3 if cfg != 1 else 6
+    x, before = noise[:n], torch.zeros(n, 16)
+    for i in range(steps):
+        network = head.network(torch.float64)
+        eps, v = network(torch.cat([x, x])[:6], torch.full((6,), float(table.t[i])), z).chunk(2, dim=1)
+        if cfg != 1:
+            eps, v = eps[3:] + cfg * (eps[:3] - eps[3:]), v[:3]
+        x = table.a[i] * x + table.b[i] * eps + table.c[i] * before
+        if table.noisy[i]:
+            x = x + torch.exp((table.l0[i] + table.l1[i] * v) / 2) * step_noise[i][:n] * 0.7
+        before = eps
+    assert_close(out[:n], x, worst=1e-11 * float(x.abs().max()))
 
 
 # Precision ------------------------------------------------------------------------------------------------------------

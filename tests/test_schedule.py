@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 from recorded import GOLDEN, golden_json
 
 import disa_fast
 from disa_fast import Constant, Cosine, Linear, StepList, TwoStage, parse_schedule
+from disa_fast.schedule import steps_at
 
 BY_STRATEGY = {
     "linear": Linear,
@@ -88,6 +90,12 @@ def test_other_bad_values():
 def test_step_past_the_schedule(schedule, k):
     with pytest.raises(ValueError, match=rf"k: expected an autoregressive step in 0\.\.7, got {k}"):
         schedule(k, 8)
+
+
+def test_numpy_counts_are_counts():
+    steps = StepList(np.arange(3, 0, -1))
+    assert [steps_at(steps, k, 3) for k in range(3)] == [3, 2, 1]
+    assert Linear(np.int64(50), np.int64(5)) == Linear(50, 5)
 
 
 def test_one_autoregressive_step_gets_the_early_count():

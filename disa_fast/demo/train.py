@@ -59,7 +59,10 @@ def train_mar(args: argparse.Namespace) -> None:
     if args.compile:
         _compile_parts(model)
 
-    curve, running, started = [], 0.0, time.perf_counter()
+    device_type = torch.device(args.device).type
+    # On a CPU the fused attention's backward is slower than the plain one at 57 tokens in bfloat16 (bench/NOTES.md).
+    attention = [SDPBackend.MATH] if device_type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    curve, losses, started = [], [], time.perf_counter()
     order, position = torch.randperm(len(images)), 0
     model.train()
     for step in tqdm(range(1, args.steps + 1), desc="training MAR", mininterval=5):
@@ -67,8 +70,7 @@ def train_mar(args: argparse.Namespace) -> None:
             order, position = torch.randperm(len(images)), 0
         batch = order[position : position + args.batch].to(args.device)
         position += args.batch
-        # The fused attention's backward is slower than the plain one at 57 tokens in bfloat16 (bench/NOTES.md).
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(device_type, torch.bfloat16, enabled=args.bf16), sdpa_kernel(attention):
             loss = model(images[batch], labels[batch])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 3.0)
@@ -76,11 +78,12 @@ def train_mar(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         rate.step()
         ema.update_parameters(model)
-        running += float(loss.detach())
-        if step % LOG_EVERY == 0:
-            curve.append([step, round(running / LOG_EVERY, 5), round(time.perf_counter() - started, 1)])
-            running = 0.0
-        if step % SAVE_EVERY == 0 or step == args.steps:
+        losses.append(float(loss.detach()))
+        last = step == args.steps
+        if step % LOG_EVERY == 0 or last:
+            curve.append([step, round(sum(losses) / len(losses), 5), round(time.perf_counter() - started, 1)])
+            losses.clear()
+        if step % SAVE_EVERY == 0 or last:
             _save_mar(args, model, ema, curve)
 
 
@@ -119,7 +122,7 @@ def train_classifier(args: argparse.Namespace) -> None:
         batch = torch.randint(0, len(images), (args.batch,))
         x = images[batch].to(args.device)
         flipped = torch.where(torch.rand(len(x), 1, 1, 1, device=args.device) < 0.5, x.flip(-1), x)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
             loss = F.cross_entropy(model.logits(model(flipped)), labels[batch].to(args.device))
         loss.backward()
         optimizer.step()

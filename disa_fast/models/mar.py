@@ -8,6 +8,7 @@ they load unchanged; MAR_DiSA/models/mar.py of the DiSA repository at 283fa59 is
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -284,7 +285,7 @@ class MAR(nn.Module):
         schedule, table_for = as_schedule(schedule), resolve(solver, clip)
         if cfg_schedule not in ("linear", "constant"):
             raise ValueError(f"cfg_schedule: expected 'linear' or 'constant', got {cfg_schedule!r}")
-        if isinstance(num_iter, bool) or not isinstance(num_iter, int) or not 1 <= num_iter <= self.seq_len:
+        if isinstance(num_iter, bool) or not isinstance(num_iter, Integral) or not 1 <= num_iter <= self.seq_len:
             raise ValueError(f"num_iter: expected 1 to {self.seq_len} iterations (one token each at least), got {num_iter!r}")
         batch = self._batch_size(labels, orders, bsz)
         if orders is None:

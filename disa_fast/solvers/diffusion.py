@@ -7,6 +7,7 @@ MAR_DiSA/diffusion/respace.py and __init__.py of the DiSA repository at 283fa59.
 from __future__ import annotations
 
 import functools
+from numbers import Integral
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def cosine_alphas_cumprod() -> np.ndarray:
 
 
 def check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise ValueError(f"steps: expected a whole number of denoising steps, got {steps!r}")
     if not 1 <= steps <= BASE_STEPS:
         raise ValueError(f"steps: expected 1 to {BASE_STEPS} denoising steps, got {steps}")
@@ -59,7 +60,7 @@ def clip_timesteps(timesteps: list[int], clip: int | None) -> np.ndarray:
     """min(t, clip), without duplicates, ascending."""
     if clip is None:
         clip = BASE_STEPS - 1
-    if isinstance(clip, bool) or not isinstance(clip, (int, np.integer)) or clip < 0:
+    if isinstance(clip, bool) or not isinstance(clip, Integral) or clip < 0:
         raise ValueError(f"clip: expected a timestep (a whole number from 0) or None, got {clip!r}")
     return np.unique(np.minimum(timesteps, clip))
 
