@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from disa_fast.checkpoint import save_checkpoint
 from disa_fast.cli import main
 from disa_fast.demo.data import CLASSES
 from disa_fast.demo.quality import CLASSIFIER_FILE, Classifier, measure, wilson
+from disa_fast.files import written_aside
 from disa_fast.generate import Sampling, draw_images, load_model
 
 QUICK = ["--quiet", "--num-iter", "2", "--schedule", "linear:3-2"]
@@ -82,6 +84,23 @@ def test_refusals_leave_no_files(tmp_path, capsys, arguments, message):
     assert main(["generate", *QUICK, "--num-images", "1", "--out", str(out), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_demo_without_torchmetrics(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    assert main(["demo", *QUICK, "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'disa-fast[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_aside(path) as aside:
+        aside.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_demo_refuses_other_models_and_classes(tmp_path, capsys):

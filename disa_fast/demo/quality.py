@@ -86,15 +86,20 @@ def measure(images: Tensor, labels: Tensor, classifier: Classifier) -> Quality:
     return Quality(accuracy, wilson(accuracy, len(images)), distance, (distance - half_width, distance + half_width))
 
 
-def frechet_distance(features: Tensor, classifier: Classifier) -> float:
-    """Frechet distance between normals fitted to `features`, [N, 16], and to the real test images' features."""
+def fid_class() -> type:
+    """torchmetrics' FID; ModuleNotFoundError says how to get it."""
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the demo's Frechet distance needs torchmetrics: pip install 'disa-fast[demo]'") from error
+    return FrechetInceptionDistance
+
+
+def frechet_distance(features: Tensor, classifier: Classifier) -> float:
+    """Frechet distance between normals fitted to `features`, [N, 16], and to the real test images' features."""
     extractor = nn.Identity()
     extractor.num_features = FEATURES
-    metric = FrechetInceptionDistance(feature=extractor, input_img_size=(FEATURES,)).set_dtype(torch.float64)
+    metric = fid_class()(feature=extractor, input_img_size=(FEATURES,)).set_dtype(torch.float64)
     metric.real_features_sum = classifier.real_sum.clone()
     metric.real_features_cov_sum = classifier.real_cov_sum.clone()
     metric.real_features_num_samples = classifier.real_count.clone()

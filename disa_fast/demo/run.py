@@ -17,7 +17,7 @@ from ..generate import Sampling, draw_images, labels_in_turn
 from ..models import MAR
 from ..pictures import columns_of, panel, save_png, side_by_side
 from . import data
-from .quality import Classifier, measure
+from .quality import Classifier, fid_class, measure
 
 PICTURE_ROWS = 5
 BASELINE_STEPS = 100
@@ -34,6 +34,7 @@ def run_demo(
         raise ValueError("checkpoint: the demo needs a model of 28x28 grey images in 10 classes; try disa-fast generate")
     if not all(0 <= c < len(data.CLASSES) for c in classes):
         raise ValueError(f"labels: expected classes 0..{len(data.CLASSES) - 1}, got {list(classes)}")
+    fid_class()  # missing, it is missed before the drawing and not after
     classifier = Classifier.load()
     labels = labels_in_turn(classes, num_images)
     columns = columns_of([data.CLASSES[c] for c in classes])
