@@ -32,7 +32,7 @@ class Sampling:
     solver: str | Solver = "ddpm"
     clip: int | str | None = DEFAULT_CLIP
     num_iter: int = 64
-    cfg: float = 1.0
+    cfg: float = 3.0
     cfg_schedule: str = "linear"
     temperature: float = 1.0
     backend: str = "auto"

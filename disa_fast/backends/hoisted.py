@@ -40,36 +40,31 @@ def denoise(
         y = F.silu(times[start : start + chunk, None] + cond)
         modulations = w.modulation(y.flatten(0, 1)).unflatten(0, y.shape[:2])
         for i, modulation in enumerate(modulations, start):
-            eps, v = evaluate(w, x.to(z.dtype), modulation, cfg)
-            eps, v = eps.to(x.dtype), v.to(x.dtype)
+            eps, v = evaluate(w, x, modulation, cfg)
             x = update(table, i, x, eps, v, eps_before, step_noise, temperature)
             eps_before = eps
     return x
 
 
 def evaluate(w: HoistedWeights, x: Tensor, modulation: Tensor, cfg: float) -> tuple[Tensor, Tensor]:
-    """One network evaluation and the guidance: x [n, channels], modulation [n or 2n, (3*depth+2)*width] -> (eps, v), [n, channels]
-    each."""
+    """One network evaluation and the guidance: (eps, v), [n, channels] each, in the state's dtype.
+
+    x: [n, channels], the state; modulation: [n or 2n, (3*depth+2)*width] in the network's dtype.
+    """
     width, channels = w.spec.width, w.spec.in_channels
     parts = modulation.split(width, dim=-1)
-    h = F.linear(x, *w.input)
+    h = F.linear(x.to(modulation.dtype), *w.input)
     if cfg != 1.0:
         h = torch.cat([h, h])
     for i, (linear1, linear2) in enumerate(w.blocks):
         shift, scale, gate = parts[3 * i : 3 * i + 3]
-        m = torch.addcmul(shift, _norm(h, width), scale)
+        m = torch.addcmul(shift, F.layer_norm(h, (width,), eps=w.eps), scale)
         m = linear2(F.silu(linear1(m), inplace=True))
         h = torch.addcmul(h, gate, m)
-    m = torch.addcmul(parts[-2], _norm(h, width), parts[-1])
-    weight, bias = w.output
-    if cfg == 1.0:
-        eps, v = F.linear(m, weight, bias).split(channels, dim=-1)
-        return eps, v
-    m_c, m_u = m.chunk(2)
-    eps_c, v = F.linear(m_c, weight, bias).split(channels, dim=-1)
-    eps_u = F.linear(m_u, weight[:channels], bias[:channels])
-    return eps_u + cfg * (eps_c - eps_u), v
-
-
-def _norm(h: Tensor, width: int) -> Tensor:
-    return F.layer_norm(h, (width,), eps=1e-6)
+    m = torch.addcmul(parts[-2], F.layer_norm(h, (width,), eps=w.eps), parts[-1])
+    eps, v = F.linear(m[: len(x)], *w.output).to(x.dtype).split(channels, dim=-1)
+    if cfg != 1.0:
+        weight, bias = w.output
+        eps_u = F.linear(m[len(x) :], weight[:channels], bias[:channels]).to(x.dtype)
+        eps = eps_u + cfg * (eps - eps_u)
+    return eps, v

@@ -227,6 +227,8 @@ class HoistedWeights:
     brackets are affine in silu(y) (H4).
     """
 
+    eps = LN_EPS
+
     def __init__(self, p: Mapping[str, Tensor], spec: MLPSpec) -> None:
         self.spec = spec
         self._p = p
