@@ -1,7 +1,12 @@
-"""Tests marked `gpu` are skipped, with the reason, where there is none."""
+"""Every test starts from one seed; tests marked `gpu` are skipped, with the reason, where there is none."""
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

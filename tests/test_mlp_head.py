@@ -130,24 +130,28 @@ def test_every_column_of_a_table_counts(backend, cfg):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-@pytest.mark.parametrize("rows", [2, 66])
-def test_hoisted_is_as_good_as_eager(dtype, cfg, rows):
-    sd = dict(random_head(width=128, depth=4)._net.state_dict())
-    sd = {name: tensor.to(dtype) for name, tensor in sd.items()}
+@pytest.mark.parametrize(("rows", "calls"), [(2, 48), (60, 3)])
+def test_hoisted_is_as_good_as_eager(dtype, cfg, rows, calls):
+    """On a fitted head, and over enough draws that the two bounds compare precision rather than luck."""
+    recorded, table = golden("slim", "mar_head"), solvers.ddpm(10)
+    sd = {name: tensor.to(dtype) for name, tensor in recorded.state_dict().items()}
     low, exact = MLPHead.from_state_dict(sd), MLPHead.from_state_dict({name: t.double() for name, t in sd.items()})
-    z, table = torch.randn(rows, 48).to(dtype), solvers.ddpm(10)
-    noise, step_noise = torch.randn(rows, 16), torch.randn(10, rows, 16)
-    draws = {"cfg": cfg, "noise": noise, "step_noise": step_noise}
-    eager, hoisted = (low.denoise(z, table, backend=backend, **draws) for backend in BACKENDS)
-    truth = exact.denoise(z.double(), table, backend="reference", **draws)
-    assert_as_good_as(hoisted, eager, truth, dtype)
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for _ in range(calls):
+        z = recorded["z/r10"][torch.randint(0, 10, (rows,), generator=generator)].to(dtype)
+        noise, step_noise = (torch.randn(*lead, rows, 16, generator=generator) for lead in ((), (10,)))
+        draws = {"cfg": cfg, "noise": noise, "step_noise": step_noise}
+        eager, hoisted = (low.denoise(z, table, backend=backend, **draws) for backend in BACKENDS)
+        results.append((hoisted, eager, exact.denoise(z.double(), table, backend="reference", **draws)))
+    assert_as_good_as(*(torch.cat(parts) for parts in zip(*results, strict=True)), dtype)
 
 
 def test_dtype_argument_casts_the_weights(head, z):
     table, noise = solvers.ddim(5), torch.zeros(6, 16)
     out = head.denoise(z, table, noise=noise, dtype=torch.float64)
     assert out.dtype == torch.float64
-    assert_close(head.denoise(z, table, noise=noise), out, worst=1e-5)
+    assert_close(head.denoise(z, table, noise=noise), out, worst=1e-5 * float(out.abs().max()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,7 +166,8 @@ def test_modulation_in_chunks_is_the_same(head, z, monkeypatch):
     table, noise, step_noise = solvers.ddpm(12), torch.randn(6, 16), torch.randn(12, 6, 16)
     whole = head.denoise(z, table, noise=noise, step_noise=step_noise, backend="hoisted")
     monkeypatch.setattr("disa_fast.backends.hoisted.MODULATION_BYTES", 5 * 6 * 11 * 64 * 4)
-    assert_close(head.denoise(z, table, noise=noise, step_noise=step_noise, backend="hoisted"), whole, worst=1e-5)
+    chunked = head.denoise(z, table, noise=noise, step_noise=step_noise, backend="hoisted")
+    assert_close(chunked, whole, worst=1e-5 * float(whole.abs().max()))
 
 
 # Randomness -----------------------------------------------------------------------------------------------------------
@@ -196,7 +201,7 @@ def test_temperature_scales_the_step_noise(head, z):
     silent = head.denoise(z, solvers.ddpm(5), noise=draws["noise"], step_noise=torch.zeros(5, 6, 16))
     assert torch.equal(cold, silent)
     halved = head.denoise(z, solvers.ddpm(5), noise=draws["noise"], step_noise=0.5 * draws["step_noise"])
-    assert_close(head.denoise(z, solvers.ddpm(5), temperature=torch.tensor(0.5), **draws), halved, worst=1e-5)
+    assert_close(head.denoise(z, solvers.ddpm(5), temperature=0.5, **draws), halved, worst=1e-5 * float(halved.abs().max()))
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])

@@ -49,22 +49,24 @@ def denoise(
 def evaluate(w: HoistedWeights, x: Tensor, modulation: Tensor, cfg: float) -> tuple[Tensor, Tensor]:
     """One network evaluation and the guidance: (eps, v), [n, channels] each, in the state's dtype.
 
-    x: [n, channels], the state; modulation: [n or 2n, (3*depth+2)*width] in the network's dtype.
+    x: [n, channels], the state; modulation: [n or 2n, (3*depth+2)*width] in the network's dtype. The matrix products are in the
+    network's dtype; the residual stream and all that is elementwise but SiLU in the state's, float32 or float64.
     """
+    state, dtype = x.dtype, modulation.dtype
     width, channels = w.spec.width, w.spec.in_channels
-    parts = modulation.split(width, dim=-1)
-    h = F.linear(x.to(modulation.dtype), *w.input)
+    parts = modulation.to(state).split(width, dim=-1)
+    h = F.linear(x.to(dtype), *w.input).to(state)
     if cfg != 1.0:
         h = torch.cat([h, h])
     for i, (linear1, linear2) in enumerate(w.blocks):
         shift, scale, gate = parts[3 * i : 3 * i + 3]
-        m = torch.addcmul(shift, F.layer_norm(h, (width,), eps=w.eps), scale)
-        m = linear2(F.silu(linear1(m), inplace=True))
+        m = torch.addcmul(shift, F.layer_norm(h, (width,), eps=w.eps), scale).to(dtype)
+        m = linear2(F.silu(linear1(m), inplace=True)).to(state)
         h = torch.addcmul(h, gate, m)
-    m = torch.addcmul(parts[-2], F.layer_norm(h, (width,), eps=w.eps), parts[-1])
-    eps, v = F.linear(m[: len(x)], *w.output).to(x.dtype).split(channels, dim=-1)
+    m = torch.addcmul(parts[-2], F.layer_norm(h, (width,), eps=w.eps), parts[-1]).to(dtype)
+    eps, v = F.linear(m[: len(x)], *w.output).to(state).split(channels, dim=-1)
     if cfg != 1.0:
         weight, bias = w.output
-        eps_u = F.linear(m[len(x) :], weight[:channels], bias[:channels]).to(x.dtype)
+        eps_u = F.linear(m[len(x) :], weight[:channels], bias[:channels]).to(state)
         eps = eps_u + cfg * (eps - eps_u)
     return eps, v
