@@ -48,9 +48,7 @@ def accelerate(
     DPM-Solver ignores guidance; this one does not). Returns a handle, also a context manager that restores on exit. A second
     call changes the settings. Raises UnsupportedError for a structure that is not recognised, ValueError for bad settings.
     """
-    handle = getattr(model, "__dict__", {}).get(_HANDLE)
-    if handle is None:
-        handle = Accelerated(model)
+    handle = handle_of(model) or Accelerated(model)
     handle.configure(schedule, solver, clip, backend)
     handle.install()
     return handle
@@ -58,9 +56,14 @@ def accelerate(
 
 def restore(model: nn.Module) -> None:
     """Undo `accelerate`; nothing happens to a model that is not accelerated."""
-    handle = getattr(model, "__dict__", {}).get(_HANDLE)
+    handle = handle_of(model)
     if handle is not None:
         handle.restore()
+
+
+def handle_of(model: object) -> Accelerated | None:
+    """The handle of a model that is accelerated now, else None."""
+    return getattr(model, "__dict__", {}).get(_HANDLE)
 
 
 class Accelerated:
@@ -94,7 +97,7 @@ class Accelerated:
         except ValueError as error:
             raise UnsupportedError(f"model: diffloss.net is not a MAR diffusion head: {error}") from error
         self._model, self._diffloss = model, diffloss
-        self._shadowed: list[tuple[nn.Module, str, object]] = []
+        self._shadowed: list[tuple[nn.Module, str, dict[str, object]]] = []
         self._original_loop: Any = None
         self._loop = threading.local()
         self._steps: Counter[int] = Counter()
@@ -123,17 +126,16 @@ class Accelerated:
             self._shadow(self._diffloss, "sample", self._sample_counted)
 
     def _shadow(self, owner: nn.Module, name: str, value: object) -> None:
-        self._shadowed.append((owner, name, owner.__dict__.get(name, _ABSENT)))
+        before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+        self._shadowed.append((owner, name, before))
         owner.__dict__[name] = value
 
     def restore(self) -> None:
         """Put the object back as it was. Safe to call twice."""
         while self._shadowed:
             owner, name, before = self._shadowed.pop()
-            if before is _ABSENT:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = before
+            owner.__dict__.pop(name, None)
+            owner.__dict__.update(before)
 
     def __enter__(self) -> Accelerated:
         return self
@@ -172,9 +174,10 @@ class Accelerated:
         return self.head.denoise(z, table, cfg=cfg, temperature=temperature, backend=self.backend)
 
     def _sample_counted(self, z: Tensor, temperature: float = 1.0, cfg: float | Tensor = 1.0) -> Tensor:
-        k, K = getattr(self._loop, "at", (0, 1))  # called on its own, outside sample_tokens: as the first step
-        if hasattr(self._loop, "at"):
-            self._loop.at = (k + 1, K)
+        if not hasattr(self._loop, "at"):  # called on its own, outside sample_tokens: as a first step
+            return self._sample_told(z, temperature, cfg, 0, 1)
+        k, K = self._loop.at
+        self._loop.at = (k + 1, K)
         return self._sample_told(z, temperature, cfg, k, K)
 
     def _counted_loop(self, *args: object, **kwargs: object) -> object:
@@ -185,16 +188,6 @@ class Accelerated:
             return self._original_loop(*args, **kwargs)
         finally:
             del self._loop.at
-
-
-class _Absent:
-    """Marks "no such instance attribute"; a class of its own so that it stays one object through copy and pickle."""
-
-    def __reduce__(self) -> str:
-        return "_ABSENT"
-
-
-_ABSENT = _Absent()
 
 
 def _own_settings(diffloss: nn.Module) -> tuple[Schedule, str, int | str | None] | None:

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .checks import check_shapes
 from .files import written_aside
-from .heads.mlp import check_keys
 
 
 def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
@@ -44,11 +44,8 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
 def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = True) -> None:
     """Load a file's weights into `model`. ValueError names what is missing, unexpected or misshapen; then nothing has changed."""
     state = read_state_dict(path, ema)
-    own = model.state_dict()
-    check_keys(own, state, str(path))
-    for name, tensor in own.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{path}: {name}: expected shape {list(tensor.shape)}, got {list(state[name].shape)}")
+    own, given = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (model.state_dict(), state))
+    check_shapes(own, given, str(path))
     model.load_state_dict(state)
 
 

@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="draw with the shipped model, with constant steps and with DiSA, and compare",
-        description="""Draws the same images with 100 constant denoising steps and with an annealed schedule on one seed, writes
-        OUT/demo.png (side by side) and OUT/demo.json, and prints network evaluations, seconds, class accuracy and Frechet distance.
-        Takes about two minutes on two CPU cores.""",
+        description="""Draws images of the same classes, on one seed, with 100 constant steps and with an annealed schedule,
+        writes OUT/demo.png (side by side) and OUT/demo.json, and prints network evaluations, seconds, class accuracy and Frechet
+        distance. Takes about two minutes on two CPU cores.""",
         formatter_class=_Help,
     )
     demo.add_argument("--num-images", type=_positive, default=200, help="images of each kind, classes in turn")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backends
-from .accelerate import _HANDLE, Accelerated
+from .accelerate import Accelerated, handle_of
 from .errors import UnsupportedError
 from .heads import MLPHead
 
@@ -17,12 +17,11 @@ def explain(head_or_model: object, rows: int = 8) -> dict[str, object]:
     """
     head, facts = _head_of(head_or_model)
     why_not = backends.survey(head.spec, head.dtype, head.device, rows)
-    chosen = next((name for name, reason in why_not.items() if reason is None), None)
     facts = {
         "head": str(head.spec),
         "dtype": str(head.dtype),
         "device": str(head.device),
-        "backend": chosen if facts.get("backend", "auto") == "auto" else facts["backend"],
+        "backend": backends.choose(facts.get("backend", "auto"), head.spec, head.dtype, head.device, rows),
         "why": {name: reason or backends.BACKENDS[name].__doc__.split("\n")[0] for name, reason in why_not.items()},
         **{name: value for name, value in facts.items() if name != "backend"},
     }
@@ -41,8 +40,8 @@ def _head_of(thing: object) -> tuple[MLPHead, dict[str, object]]:
         return thing, {}
     if isinstance(getattr(thing, "head", None), MLPHead) and not isinstance(thing, Accelerated):
         return thing.head, {}
-    handle = thing if isinstance(thing, Accelerated) else getattr(thing, _HANDLE, None)
-    if isinstance(handle, Accelerated):
+    handle = thing if isinstance(thing, Accelerated) else handle_of(thing)
+    if handle is not None:
         return handle.head, {"backend": handle.backend, "schedule": handle.schedule, "solver": handle.solver, "clip": handle.clip}
     kind = f"an unaccelerated {type(thing).__name__}" if isinstance(thing, torch.nn.Module) else repr(thing)
     raise UnsupportedError(f"head_or_model: expected an MLPHead, a disa_fast model or an accelerated model, got {kind}")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+
+from .checks import is_whole
 
 Schedule = Callable[[int, int], int]
 
@@ -23,7 +24,7 @@ _LINEAR_ROUNDINGS: dict[str, Callable[[int, int, int, int], int]] = {
 
 
 def _check_steps(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_whole(value):
         raise ValueError(f"{name}: expected a whole number of denoising steps, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1 denoising step, got {value}")

@@ -305,6 +305,18 @@ def test_inference_mode_and_after_it(z):
     assert torch.equal(born_inside.denoise(z, solvers.ddim(4), noise=torch.ones(6, 16)), inside)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_on_a_gpu_as_on_the_cpu(head, z, backend, cfg):
+    table, noise, step_noise = solvers.ddpm(5), torch.randn(6, 16), torch.randn(5, 6, 16)
+    truth = head.denoise(z, table, cfg, noise=noise, step_noise=step_noise, backend="reference", dtype=torch.float64)
+    moved = MLPHead.from_module(copy.deepcopy(head._net).cuda())
+    out = moved.denoise(z.cuda(), table, cfg, noise=noise.cuda(), step_noise=step_noise.cuda(), backend=backend)
+    assert out.is_cuda
+    assert_close(out.cpu(), truth, worst=1e-5 * float(truth.abs().max()))
+
+
 def test_no_graph_is_recorded(z):
     head = MLPHead.from_module(MLPNet(MLPSpec(16, 32, 1, 48)))
     assert not head.denoise(z.requires_grad_(), solvers.ddpm(3)).requires_grad

@@ -1,6 +1,7 @@
 """The package as installed, and the promises of README.md that can be checked."""
 
 import json
+import operator
 import re
 import subprocess
 import sys
@@ -60,9 +61,12 @@ def test_make_targets_in_the_readme_exist():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-def test_python_in_the_readme_runs():
-    """Each block of Python that is marked as runnable, in one namespace."""
+def test_python_in_the_readme_compiles_and_its_names_exist():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
+        names = re.findall(r"\bdisa_fast\.([\w.]+)", block)
+        assert names
+        for name in names:
+            operator.attrgetter(name)(disa_fast)

@@ -12,7 +12,6 @@ knows no solver.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,17 +30,17 @@ def survey(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -
     return {name: backend.refuses(spec, dtype, device, rows) for name, backend in BACKENDS.items()}
 
 
-def choose(name: str, spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> Callable[..., torch.Tensor]:
-    """The `denoise` of the backend asked for, or under "auto" of the fastest that can serve the call."""
+def choose(name: str, spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str:
+    """The backend asked for, or under "auto" the fastest that can serve the call: a key of BACKENDS. UnsupportedError if none."""
     why_not = survey(spec, dtype, device, rows)
     able = [backend for backend, reason in why_not.items() if reason is None]
     if name == "auto":
         if not able:
             reasons = "; ".join(f"{backend}: {reason}" for backend, reason in why_not.items())
             raise UnsupportedError(f"backend: none can run {spec} in {dtype} on {device}: {reasons}")
-        return BACKENDS[able[0]].denoise
+        return able[0]
     if name not in BACKENDS:
         raise UnsupportedError(f"backend: {name!r} is not one that this version has; can serve this call: {['auto', *able]}")
     if name not in able:
         raise UnsupportedError(f"backend: {name!r} cannot serve this call: {why_not[name]}; can: {['auto', *able]}")
-    return BACKENDS[name].denoise
+    return name

@@ -1,4 +1,4 @@
-"""`disa-fast demo`: the same images with constant steps and with DiSA, side by side, timed and judged."""
+"""`disa-fast demo`: images of one seed with constant steps and with DiSA, side by side, timed and judged."""
 
 from __future__ import annotations
 
@@ -56,10 +56,9 @@ def run_demo(
         row["speed_up"] = baseline["seconds"] / row["seconds"]
 
     head = model.head
-    chosen = next(n for n, why in backends.survey(head.spec, head.dtype, head.device, 2 * batch).items() if why is None)
     result = {
         "settings": {**vars(sampling), "schedule": str(sampling.schedule), "num_images": num_images, "seed": seed, "batch": batch},
-        "backend": chosen if sampling.backend == "auto" else sampling.backend,
+        "backend": backends.choose(sampling.backend, head.spec, head.dtype, head.device, 2 * batch),
         "machine": {"device": _device_name(head.device), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "date": datetime.date.today().isoformat(),
         "rows": rows,

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..checks import check_shapes
 from ..solvers import StepTable
 
 FREQUENCIES = 256
@@ -86,25 +87,8 @@ class MLPSpec:
         width, in_channels = shapes["input_proj.weight"]
         blocks = {name.split(".")[1] for name in shapes if name.startswith("res_blocks.")}
         spec = cls(in_channels, width, len(blocks), shapes["cond_embed.weight"][1])
-        expected = spec.shapes()
-        check_keys(expected, shapes, where)
-        for name, shape in expected.items():
-            if tuple(shapes[name]) != shape:
-                raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(shapes[name])}")
+        check_shapes(spec.shapes(), shapes, where)
         return spec
-
-
-def check_keys(expected: Mapping[str, object], given: Mapping[str, object], where: str) -> None:
-    """ValueError naming the missing and the extra keys, if any."""
-    missing = [name for name in expected if name not in given]
-    extra = [name for name in given if name not in expected]
-    if missing or extra:
-        parts = [
-            f"{kind} {len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-            for kind, names in (("missing", missing), ("unexpected", extra))
-            if names
-        ]
-        raise ValueError(f"{where}: keys do not match: {'; '.join(parts)}")
 
 
 def _rates() -> Tensor:
@@ -400,9 +384,9 @@ class MLPHead:
             _trajectory_rows(name, tensor, z, trajectories, lead, self.spec.in_channels, state_dtype)
             for name, tensor, lead in (("noise", drawn[0], ()), ("step_noise", drawn[1], (len(table),)))
         )
-        run = backends.choose(backend, self.spec, dtype, z.device, len(z))
+        chosen = backends.choose(backend, self.spec, dtype, z.device, len(z))
         with torch.autocast(z.device.type, enabled=False):
-            x = run(self, z.to(dtype), table, cfg, temperature, noise, step_noise)
+            x = backends.BACKENDS[chosen].denoise(self, z.to(dtype), table, cfg, temperature, noise, step_noise)
         return torch.cat([x, x]) if guided else x
 
     def _check(self, z: Tensor, table: StepTable, cfg: float, temperature: float, dtype: torch.dtype) -> None:

@@ -8,13 +8,13 @@ they load unchanged; MAR_DiSA/models/mar.py of the DiSA repository at 283fa59 is
 from __future__ import annotations
 
 import math
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checks import is_whole
 from ..heads.mlp import Draw, MLPHead, MLPNet, MLPSpec, draw_noise
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import DEFAULT_CLIP, Solver, resolve
@@ -285,7 +285,7 @@ class MAR(nn.Module):
         schedule, table_for = as_schedule(schedule), resolve(solver, clip)
         if cfg_schedule not in ("linear", "constant"):
             raise ValueError(f"cfg_schedule: expected 'linear' or 'constant', got {cfg_schedule!r}")
-        if isinstance(num_iter, bool) or not isinstance(num_iter, Integral) or not 1 <= num_iter <= self.seq_len:
+        if not is_whole(num_iter) or not 1 <= num_iter <= self.seq_len:
             raise ValueError(f"num_iter: expected 1 to {self.seq_len} iterations (one token each at least), got {num_iter!r}")
         batch = self._batch_size(labels, orders, bsz)
         if orders is None:
@@ -297,8 +297,8 @@ class MAR(nn.Module):
 
         tokens = self.fake_latent.new_zeros(batch, self.seq_len, self.token_embed_dim)
         masked, count = self._masked(orders, self.seq_len), self.seq_len
+        doubled = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
         for k in tqdm(range(num_iter), desc="AR iterations", disable=not progress):
-            doubled = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
             z = self.decode(self.encode(doubled(tokens), doubled(masked), class_embedding), doubled(masked))
             # Cosine schedule of MaskGIT: what stays masked after this iteration. At least one, until the last.
             left = max(1, min(count - 1, math.floor(self.seq_len * math.cos(math.pi / 2 * (k + 1) / num_iter))))

@@ -7,9 +7,10 @@ MAR_DiSA/diffusion/respace.py and __init__.py of the DiSA repository at 283fa59.
 from __future__ import annotations
 
 import functools
-from numbers import Integral
 
 import numpy as np
+
+from ..checks import is_whole
 
 BASE_STEPS = 1000
 
@@ -33,7 +34,7 @@ def cosine_alphas_cumprod() -> np.ndarray:
 
 
 def check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, Integral):
+    if not is_whole(steps):
         raise ValueError(f"steps: expected a whole number of denoising steps, got {steps!r}")
     if not 1 <= steps <= BASE_STEPS:
         raise ValueError(f"steps: expected 1 to {BASE_STEPS} denoising steps, got {steps}")
@@ -60,7 +61,7 @@ def clip_timesteps(timesteps: list[int], clip: int | None) -> np.ndarray:
     """min(t, clip), without duplicates, ascending."""
     if clip is None:
         clip = BASE_STEPS - 1
-    if isinstance(clip, bool) or not isinstance(clip, Integral) or clip < 0:
+    if not is_whole(clip) or clip < 0:
         raise ValueError(f"clip: expected a timestep (a whole number from 0) or None, got {clip!r}")
     return np.unique(np.minimum(timesteps, clip))
 
