@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import UnsupportedError
-from . import hoisted, reference
+from . import cpu, hoisted, reference
 
 if TYPE_CHECKING:
     from ..heads.mlp import MLPSpec
 
-BACKENDS = {"hoisted": hoisted, "reference": reference}  # fastest first
+BACKENDS = {"cpu": cpu, "hoisted": hoisted, "reference": reference}  # fastest first
 
 
 def survey(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> dict[str, str | None]:

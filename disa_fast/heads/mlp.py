@@ -30,7 +30,7 @@ from ..solvers import StepTable
 
 FREQUENCIES = 256
 LN_EPS = 1e-6
-_TIME_TABLES_KEPT = 256
+TIME_TABLES_KEPT = 256
 
 Packed = TypeVar("Packed")
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -203,19 +203,36 @@ def packed_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     return functools.partial(F.linear, weight=weight, bias=bias)
 
 
+def folded_modulation(p: Mapping[str, Tensor], spec: MLPSpec) -> tuple[Tensor, Tensor]:
+    """All adaLN projections as one linear of silu(y): weight [(3*depth+2)*width, width] and bias.
+
+    Its parts are shift, scale, gate of every block, then shift, scale of the final layer. Block LN's affine (g, beta) and the 1 of
+    (1 + scale) are folded into it: LN(h)*(1+scale) + shift = norm(h)*[g(1+scale)] + [beta(1+scale) + shift], and both brackets
+    are affine in silu(y) (H4).
+    """
+    weights, biases = [], []
+    for block in (f"res_blocks.{i}." for i in range(spec.depth)):
+        g, beta = p[block + "in_ln.weight"], p[block + "in_ln.bias"]
+        shift_w, scale_w, gate_w = p[block + "adaLN_modulation.1.weight"].chunk(3)
+        shift_b, scale_b, gate_b = p[block + "adaLN_modulation.1.bias"].chunk(3)
+        weights += [shift_w + beta[:, None] * scale_w, g[:, None] * scale_w, gate_w]
+        biases += [shift_b + beta * (1 + scale_b), g * (1 + scale_b), gate_b]
+    shift_b, scale_b = p["final_layer.adaLN_modulation.1.bias"].chunk(2)
+    weights.append(p["final_layer.adaLN_modulation.1.weight"])
+    biases += [shift_b, 1 + scale_b]
+    return torch.cat(weights), torch.cat(biases)
+
+
 class HoistedWeights:
     """A head's parameters laid out for the hoisted loop, in one dtype.
 
-    All adaLN projections become one [(3*depth+2)*width, width] matrix, since none depends on x (H3). Block LN's affine (g, beta)
-    and the 1 of (1 + scale) are folded into it: LN(h)*(1+scale) + shift = norm(h)*[g(1+scale)] + [beta(1+scale) + shift], and both
-    brackets are affine in silu(y) (H4).
+    All adaLN projections become one matrix, since none depends on x (H3); see folded_modulation.
     """
 
     eps = LN_EPS
 
     def __init__(self, p: Mapping[str, Tensor], spec: MLPSpec) -> None:
         self.spec = spec
-        self._p = p
         self.cond = p["cond_embed.weight"], p["cond_embed.bias"]
         self.input = p["input_proj.weight"], p["input_proj.bias"]
         self.output = p["final_layer.linear.weight"], p["final_layer.linear.bias"]
@@ -223,26 +240,11 @@ class HoistedWeights:
             tuple(packed_linear(p[f"res_blocks.{i}.mlp.{layer}.weight"], p[f"res_blocks.{i}.mlp.{layer}.bias"]) for layer in (0, 2))
             for i in range(spec.depth)
         ]
-        folded = [self._fold_block(i) for i in range(spec.depth)] + [self._fold_final()]
-        self.modulation = packed_linear(*(torch.cat([part[kind] for part in folded]) for kind in (0, 1)))
+        self.modulation = packed_linear(*folded_modulation(p, spec))
         device = self.cond[0].device
-        self._time_table = functools.lru_cache(_TIME_TABLES_KEPT)(
+        self._time_table = functools.lru_cache(TIME_TABLES_KEPT)(
             lambda t: embed_time(p, torch.tensor(t, dtype=torch.float64, device=device))
         )
-
-    def _fold_block(self, i: int) -> tuple[Tensor, Tensor]:
-        p, block = self._p, f"res_blocks.{i}."
-        g, beta = p[block + "in_ln.weight"], p[block + "in_ln.bias"]
-        shift_w, scale_w, gate_w = p[block + "adaLN_modulation.1.weight"].chunk(3)
-        shift_b, scale_b, gate_b = p[block + "adaLN_modulation.1.bias"].chunk(3)
-        weight = torch.cat([shift_w + beta[:, None] * scale_w, g[:, None] * scale_w, gate_w])
-        bias = torch.cat([shift_b + beta * (1 + scale_b), g * (1 + scale_b), gate_b])
-        return weight, bias
-
-    def _fold_final(self) -> tuple[Tensor, Tensor]:
-        weight, bias = (self._p[f"final_layer.adaLN_modulation.1.{kind}"] for kind in ("weight", "bias"))
-        shift_b, scale_b = bias.chunk(2)
-        return weight, torch.cat([shift_b, 1 + scale_b])
 
     def time_table(self, table: StepTable) -> Tensor:
         """time_embed of every step, [T, width]; kept for the grids used last (H1)."""

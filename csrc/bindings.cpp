@@ -1,0 +1,96 @@
+// disa_fast._C: the native core as seen from Python. Addresses come from torch tensors whose owner, disa_fast/backends/cpu.py, keeps them
+// alive and has checked them; nothing here knows torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/mlp_denoise.h"
+#include "cpu/team.h"
+
+namespace py = pybind11;
+namespace cpu = disa_fast::cpu;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const cpu::Kernels& kernels_named(const std::string& isa) {
+  const cpu::Kernels* kernels = cpu::kernels_for(isa.empty() ? nullptr : isa.c_str());
+  if (!kernels) throw py::value_error("isa: expected one of " + std::string(cpu::kernel_names()) + ", got " + isa);
+  return *kernels;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("PANEL") = cpu::kPanel;
+  m.def("isas", [] { return std::string(cpu::kernel_names()); }, "Instruction sets that this processor has kernels for, best first.");
+
+  py::class_<cpu::Linear>(m, "Linear")
+      .def(py::init([](uintptr_t panels, uintptr_t bias, int k, int columns, bool bfloat16) {
+             return cpu::Linear{pointer<const void>(panels), pointer<const float>(bias), k, columns,
+                                bfloat16 ? cpu::Storage::bfloat16 : cpu::Storage::float32};
+           }),
+           py::arg("panels"), py::arg("bias"), py::arg("k"), py::arg("columns"), py::arg("bfloat16"))
+      .def_readonly("k", &cpu::Linear::k)
+      .def_readonly("columns", &cpu::Linear::columns);
+
+  py::class_<cpu::MlpWeights>(m, "MlpWeights")
+      .def(py::init([](int channels, int width, int padded, float eps, const cpu::Linear& modulation, const cpu::Linear& input,
+                       std::vector<cpu::Linear> first, std::vector<cpu::Linear> second, const cpu::Linear& output) {
+             return cpu::MlpWeights{channels, width, padded, eps, modulation, input, std::move(first), std::move(second), output};
+           }),
+           py::arg("channels"), py::arg("width"), py::arg("padded"), py::arg("eps"), py::arg("modulation"), py::arg("input"),
+           py::arg("first"), py::arg("second"), py::arg("output"));
+
+  m.def(
+      "mlp_denoise",
+      [](const cpu::MlpWeights& weights, int steps, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t l0, uintptr_t l1, uintptr_t noisy,
+         uintptr_t times, uintptr_t conditions, uintptr_t step_noise, uintptr_t state, int trajectories, bool guided, double cfg,
+         double temperature, const std::string& isa, int threads) {
+        const cpu::Steps table{steps,
+                               pointer<const double>(a),
+                               pointer<const double>(b),
+                               pointer<const double>(c),
+                               pointer<const double>(l0),
+                               pointer<const double>(l1),
+                               pointer<const bool>(noisy)};
+        const cpu::MlpDenoise call{&weights,
+                                   table,
+                                   pointer<const float>(times),
+                                   pointer<const float>(conditions),
+                                   pointer<const float>(step_noise),
+                                   pointer<float>(state),
+                                   trajectories,
+                                   guided,
+                                   cfg,
+                                   temperature};
+        const cpu::Kernels& kernels = kernels_named(isa);
+        py::gil_scoped_release release;
+        cpu::mlp_denoise(call, kernels, threads);
+      },
+      py::kw_only(), py::arg("weights"), py::arg("steps"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("l0"), py::arg("l1"),
+      py::arg("noisy"), py::arg("times"), py::arg("conditions"), py::arg("step_noise"), py::arg("state"), py::arg("trajectories"),
+      py::arg("guided"), py::arg("cfg"), py::arg("temperature"), py::arg("isa"), py::arg("threads"),
+      "The denoising loop, in place in `state`; see csrc/cpu/mlp_denoise.h.");
+
+  m.def(
+      "linear",
+      [](const cpu::Linear& linear, uintptr_t in, size_t stride, int rows, bool silu, uintptr_t out, const std::string& isa, int threads) {
+        const cpu::Kernels& kernels = kernels_named(isa);
+        py::gil_scoped_release release;
+        cpu::linear(linear, kernels, {pointer<float>(in), stride}, rows, silu ? cpu::Epilogue::silu : cpu::Epilogue::store,
+                    pointer<float>(out), threads);
+      },
+      py::kw_only(), py::arg("linear"), py::arg("input"), py::arg("stride"), py::arg("rows"), py::arg("silu"), py::arg("out"), py::arg("isa"),
+      py::arg("threads"), "out [rows, columns] = input [rows, k] @ weight^T + bias, through silu or not.");
+
+  // Made now, under the GIL, so that a fork in another thread cannot meet it half made.
+  cpu::Team::borrow(1);
+}

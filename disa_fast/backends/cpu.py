@@ -1,0 +1,173 @@
+"""C++ on a CPU, all steps for all rows in one call: packed weights, vector kernels, own threads (csrc/cpu).
+
+The hoists of `hoisted`, with layer norm and modulation, bias, SiLU, gate, guidance, update and the next step's input layer fused
+into the matrix products. Arithmetic is float32; the blocks' and the modulation's weights are stored in float32, or in bfloat16
+where that is the dtype asked for. A row's bits depend neither on the rows beside it nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..heads import mlp
+from ..solvers import StepTable
+
+try:
+    from .. import _C
+except ImportError as error:
+    _C, _WHY_NOT = None, str(error)
+
+if TYPE_CHECKING:
+    from ..heads.mlp import MLPHead, MLPSpec
+
+STORAGE = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}  # by the call's dtype
+
+
+def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str | None:
+    if _C is None:
+        return f"not part of this installation: {_WHY_NOT}"
+    if device.type != "cpu":
+        return f"runs on CPUs, not on {device}"
+    if dtype not in STORAGE:
+        return f"computes in float32, not in {dtype}"
+    return None
+
+
+def denoise(
+    head: MLPHead, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
+) -> Tensor:
+    storage = STORAGE[z.dtype]
+    w = head.packed(f"cpu, stored in {storage}", torch.float32, functools.partial(Weights, storage=storage))
+    times, conditions = w.time_table(table), w.embed_conditions(z.float())
+    state = noise.clone(memory_format=torch.contiguous_format)
+    if step_noise is not None:
+        step_noise = step_noise.contiguous()
+    _C.mlp_denoise(
+        weights=w.native,
+        steps=len(table),
+        **{name: getattr(table, name).ctypes.data for name in ("a", "b", "c", "l0", "l1", "noisy")},
+        times=times.data_ptr(),
+        conditions=conditions.data_ptr(),
+        step_noise=0 if step_noise is None else step_noise.data_ptr(),
+        state=state.data_ptr(),
+        trajectories=len(state),
+        guided=cfg != 1.0,
+        cfg=cfg,
+        temperature=temperature,
+        isa=instruction_set(),
+        threads=torch.get_num_threads(),
+    )
+    return state
+
+
+def instruction_set() -> str:
+    """Which of the compiled kernels run: the best that this processor has, or what DISA_FAST_CPU_ISA says. ValueError if it has not that."""
+    available = _C.isas().split()
+    isa = os.environ.get("DISA_FAST_CPU_ISA") or available[0]
+    if isa not in available:
+        raise ValueError(f"DISA_FAST_CPU_ISA: expected one of {available} on this processor, got {isa!r}")
+    return isa
+
+
+class Weights:
+    """A head's parameters, given in float32, as csrc reads them."""
+
+    def __init__(self, p: Mapping[str, Tensor], spec: MLPSpec, storage: torch.dtype) -> None:
+        padded = _up(spec.width, _C.PANEL)
+
+        def layer(name: str) -> tuple[Tensor, Tensor]:
+            return p[name + ".weight"], p[name + ".bias"]
+
+        modulation = tuple(
+            F.pad(part.unflatten(0, (-1, spec.width)).movedim(1, -1), (0, padded - spec.width)).movedim(-1, 1).flatten(0, 1)
+            for part in mlp.folded_modulation(p, spec)
+        )
+        blocks = [layer(f"res_blocks.{i}.mlp.{j}") for i in range(spec.depth) for j in (0, 2)]
+        small = [layer(name) for name in ("time_embed.mlp.0", "time_embed.mlp.2", "cond_embed", "input_proj", "final_layer.linear")]
+        self._blocks = PackedLinears(blocks, storage)
+        self._modulation = PackedLinears([modulation], storage)
+        self._small = PackedLinears(small, torch.float32)
+        *self._time, self._condition, input_layer, output_layer = self._small.layers
+        self.native = _C.MlpWeights(
+            channels=spec.in_channels,
+            width=spec.width,
+            padded=padded,
+            eps=mlp.LN_EPS,
+            modulation=self._modulation.layers[0],
+            input=input_layer,
+            first=self._blocks.layers[0::2],
+            second=self._blocks.layers[1::2],
+            output=output_layer,
+        )
+        self._time_table = functools.lru_cache(mlp.TIME_TABLES_KEPT)(self._embed_times)
+
+    def time_table(self, table: StepTable) -> Tensor:
+        """time_embed of every step, [T, padded width]; kept for the grids used last (H1)."""
+        return self._time_table(tuple(table.t.tolist()))
+
+    def _embed_times(self, t: tuple[float, ...]) -> Tensor:
+        features = mlp.frequencies(torch.tensor(t, dtype=torch.float64))
+        return linear(self._time[1], linear(self._time[0], features, silu=True))
+
+    def embed_conditions(self, z: Tensor) -> Tensor:
+        """cond_embed(z), [rows, padded width]."""
+        return linear(self._condition, z)
+
+
+class PackedLinears:
+    """Linear layers, [(weight [columns, k], bias [columns])], in the panels that csrc/cpu/kernels.h describes, one behind the other."""
+
+    def __init__(self, linears: Sequence[tuple[Tensor, Tensor]], storage: torch.dtype) -> None:
+        pair = 2 if storage == torch.bfloat16 else 1
+        shapes = [(_up(weight.shape[0], _C.PANEL), _up(weight.shape[1], 2)) for weight, _ in linears]
+        self._panels = _empty(sum(columns * k for columns, k in shapes), storage)
+        self._biases = []
+        self.layers = []
+        for (weight, bias), (columns, k), panels in zip(
+            linears, shapes, self._panels.split([columns * k for columns, k in shapes]), strict=True
+        ):
+            padded = F.pad(weight, (0, k - weight.shape[1], 0, columns - weight.shape[0]))
+            panels.view(-1, k // pair, _C.PANEL, pair).copy_(padded.view(-1, _C.PANEL, k // pair, pair).transpose(1, 2))
+            self._biases.append(F.pad(bias, (0, columns - len(bias))))
+            self.layers.append(
+                _C.Linear(
+                    panels=panels.data_ptr(), bias=self._biases[-1].data_ptr(), k=k, columns=columns, bfloat16=storage == torch.bfloat16
+                )
+            )
+
+
+def linear(layer: _C.Linear, x: Tensor, silu: bool = False) -> Tensor:
+    """x @ weight^T + bias, through SiLU or not. x: [rows, at least the layer's k] float32; the result has the layer's padded columns."""
+    x = F.pad(x, (0, max(0, layer.k - x.shape[1]))).contiguous()
+    out = torch.empty(len(x), layer.columns)
+    _C.linear(
+        linear=layer,
+        input=x.data_ptr(),
+        stride=x.shape[1],
+        rows=len(x),
+        silu=silu,
+        out=out.data_ptr(),
+        isa=instruction_set(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _empty(count: int, dtype: torch.dtype) -> Tensor:
+    """[count] uninitialised, aligned to a page. NumPy asks the system for huge pages, which torch.empty does not."""
+    page = 4096
+    memory = torch.from_numpy(np.empty(count * dtype.itemsize + page, dtype=np.uint8))
+    start = -memory.data_ptr() % page
+    return memory[start : start + count * dtype.itemsize].view(dtype)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
