@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find disa_fast -type f -not -path '*/__pycache__/*')
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast -type f -not -path '*/__pycache__/*')
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format sanitize bench wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/disa-fast demo
@@ -16,20 +18,40 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Writes bench/results/mlp_head.json; look at the ratios, never at the times of another machine.
+# The CPU core under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer, which cannot follow a fork.
+sanitize: $(INSTALLED)
+	$(call sanitized,address,undefined)
+	build/address/mlp_denoise_test
+	$(call sanitized,thread)
+	build/thread/mlp_denoise_test no-fork
+
+sanitized = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDISA_FAST_PYTHON=OFF \
+	-DDISA_FAST_TESTS=ON -DDISA_FAST_SANITIZE=$(1)$(if $(2),$(comma)$(2)) >build/$(1).log && \
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$(1)
+comma := ,
+
+# Writes bench/results/cpu.json; look at the ratios, never at the times of another machine.
 bench: $(INSTALLED)
-	$(BIN)/pytest bench/bench_mlp_head.py --benchmark-only --benchmark-json=bench/results/mlp_head.json
+	$(BIN)/pytest bench/bench_cpu.py --benchmark-only --benchmark-json=bench/results/cpu.json
+
+# A wheel for this Python and Linux x86-64, in dist/; it serves the systems whose C library is not older than this one's.
+wheel: $(INSTALLED)
+	rm -rf dist build
+	DISA_FAST_REQUIRE_NATIVE=1 $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf build
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt '.[demo,test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt '.[demo,test,lint,native]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,5 +1,5 @@
-// disa_fast._C: the native core as seen from Python. Addresses come from torch tensors whose owner, disa_fast/backends/cpu.py, keeps them
-// alive and has checked them; nothing here knows torch.
+// disa_fast._C: the native core as seen from Python. Addresses come from torch tensors whose owner, disa_fast/backends/cpu.py,
+// keeps them alive and has checked them; nothing here knows torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/mlp_denoise.h"
+#include "cpu/probe.h"
 #include "cpu/team.h"
 
 namespace py = pybind11;
@@ -30,7 +31,8 @@ const cpu::Kernels& kernels_named(const std::string& isa) {
 
 PYBIND11_MODULE(_C, m) {
   m.attr("PANEL") = cpu::kPanel;
-  m.def("isas", [] { return std::string(cpu::kernel_names()); }, "Instruction sets that this processor has kernels for, best first.");
+  m.def(
+      "isas", [] { return std::string(cpu::kernel_names()); }, "Instruction sets that this processor has kernels for, best first.");
 
   py::class_<cpu::Linear>(m, "Linear")
       .def(py::init([](uintptr_t panels, uintptr_t bias, int k, int columns, bool bfloat16) {
@@ -51,9 +53,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "mlp_denoise",
-      [](const cpu::MlpWeights& weights, int steps, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t l0, uintptr_t l1, uintptr_t noisy,
-         uintptr_t times, uintptr_t conditions, uintptr_t step_noise, uintptr_t state, int trajectories, bool guided, double cfg,
-         double temperature, const std::string& isa, int threads) {
+      [](const cpu::MlpWeights& weights, int steps, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t l0, uintptr_t l1,
+         uintptr_t noisy, uintptr_t times, uintptr_t conditions, uintptr_t step_noise, uintptr_t state, int trajectories,
+         bool guided, double cfg, double temperature, const std::string& isa, int threads) {
         const cpu::Steps table{steps,
                                pointer<const double>(a),
                                pointer<const double>(b),
@@ -82,14 +84,32 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "linear",
-      [](const cpu::Linear& linear, uintptr_t in, size_t stride, int rows, bool silu, uintptr_t out, const std::string& isa, int threads) {
+      [](const cpu::Linear& linear, uintptr_t in, size_t stride, int rows, bool silu, uintptr_t out, const std::string& isa,
+         int threads) {
         const cpu::Kernels& kernels = kernels_named(isa);
         py::gil_scoped_release release;
         cpu::linear(linear, kernels, {pointer<float>(in), stride}, rows, silu ? cpu::Epilogue::silu : cpu::Epilogue::store,
                     pointer<float>(out), threads);
       },
-      py::kw_only(), py::arg("linear"), py::arg("input"), py::arg("stride"), py::arg("rows"), py::arg("silu"), py::arg("out"), py::arg("isa"),
-      py::arg("threads"), "out [rows, columns] = input [rows, k] @ weight^T + bias, through silu or not.");
+      py::kw_only(), py::arg("linear"), py::arg("input"), py::arg("stride"), py::arg("rows"), py::arg("silu"), py::arg("out"),
+      py::arg("isa"), py::arg("threads"), "out [rows, columns] = input [rows, k] @ weight^T + bias, through silu or not.");
+
+  m.def(
+      "read_memory",
+      [](uintptr_t data, size_t bytes, const std::string& isa, int threads) {
+        py::gil_scoped_release release;
+        cpu::read_memory(kernels_named(isa), pointer<const void>(data), bytes, threads);
+      },
+      py::arg("data"), py::arg("bytes"), py::arg("isa"), py::arg("threads"), "Reads memory once; for benchmarks to time.");
+
+  m.def(
+      "multiply_add",
+      [](int64_t rounds, const std::string& isa, int threads) {
+        py::gil_scoped_release release;
+        return cpu::multiply_add(kernels_named(isa), rounds, threads);
+      },
+      py::arg("rounds"), py::arg("isa"), py::arg("threads"),
+      "Does float32 multiply-adds in registers and returns how many; for benchmarks to time.");
 
   // Made now, under the GIL, so that a fork in another thread cannot meet it half made.
   cpu::Team::borrow(1);

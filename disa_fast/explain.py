@@ -22,7 +22,7 @@ def explain(head_or_model: object, rows: int = 8) -> dict[str, object]:
         "dtype": str(head.dtype),
         "device": str(head.device),
         "backend": backends.choose(facts.get("backend", "auto"), head.spec, head.dtype, head.device, rows),
-        "why": {name: reason or backends.BACKENDS[name].__doc__.split("\n")[0] for name, reason in why_not.items()},
+        "why": {name: reason or backends.BACKENDS[name].about(head.dtype) for name, reason in why_not.items()},
         **{name: value for name, value in facts.items() if name != "backend"},
     }
     for name, value in facts.items():

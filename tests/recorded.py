@@ -1,5 +1,6 @@
 """The recorded cases of the published implementation; tests/golden/README.md says what they are."""
 
+import itertools
 import json
 import os
 from functools import cache
@@ -13,6 +14,12 @@ HERE = Path(__file__).parent
 FULL = Path(os.environ.get("DISA_FAST_GOLDEN", HERE.parent.parent / "shared" / "golden"))
 # The slim set always; the full set where it is.
 GOLDEN = {"slim": HERE / "golden"} | ({"full": FULL} if (FULL / "mar_head.npz").is_file() else {})
+
+# On what the recorded cases are run.
+BACKENDS_AND_DTYPES = [
+    *itertools.product(["reference", "hoisted"], [torch.float32, torch.float64]),
+    pytest.param("cpu", torch.float32, marks=pytest.mark.native),
+]
 
 
 class Golden:

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from compare import assert_close
-from recorded import golden, golden_cases
+from recorded import BACKENDS_AND_DTYPES, golden, golden_cases
 from upstream_like import PlainDiffusion, small_mar
 
 import disa_fast
@@ -44,8 +44,7 @@ def float32_coefficients(steps: int) -> solvers.StepTable:
 
 
 @pytest.mark.parametrize(("which", "stem", "case"), golden_cases("mar_e2e"))
-@pytest.mark.parametrize("backend", ["reference", "hoisted"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_whole_images_as_recorded(which, stem, case, backend, dtype):
     recorded, name = golden(which, stem), f"case/{case['name']}"
     model = models.mar(**{k: v for k, v in recorded.meta["model"].items() if k not in ("norm_eps", "seq_len")})

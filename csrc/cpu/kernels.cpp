@@ -1,5 +1,6 @@
-// One instruction set's kernels. CMake compiles this file once for each, with DISA_FAST_ISA naming it and the compiler flags that allow it,
-// so nothing here may include a header whose inline functions other files share: the linker could keep this file's copy of them.
+// One instruction set's kernels. CMake compiles this file once for each, with DISA_FAST_ISA naming it and the compiler flags that
+// allow it, so nothing here may include a header whose inline functions other files share: the linker could keep this file's copy
+// of them.
 #include "kernels.h"
 
 #if defined(__AVX2__)
@@ -70,35 +71,28 @@ inline Floats exponential(Floats x) {
 
 inline Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
 
-// total[r][column] (+)= sum over `k` of a[r][k] * w[k][column], for kRows rows and kVectors vectors of columns. `ahead` walks memory that will
-// be wanted soon, `lines` cache lines for every two k.
+// Vector v of the columns of a panel, at k = i.
+template <Storage kStorage>
+inline Floats load_weights(const char* w, int i, int v) {
+  if constexpr (kStorage == Storage::float32) return load(reinterpret_cast<const float*>(w) + i * kPanel + v * kLanes);
+  const Ints pairs = reinterpret_cast<const UnalignedInts*>(w + i / 2 * (kPanel * 4))[v];
+  return (Floats)((pairs << (i & 1 ? 0 : 16)) & int32_t(0xffff0000));
+}
+
+// total[r][column] (+)= sum over `k` of a[r][k] * w[k][column], for kRows rows and kVectors vectors of columns. `ahead` walks
+// memory that will be wanted soon, `lines` cache lines for every k.
 template <Storage kStorage, int kRows, int kVectors>
 void tile(const float* a, size_t stride, const char* w, int k, float* total, bool first, const char* ahead, int lines) {
   Floats sums[kRows][kVectors] = {};
-  for (int i = 0; i < k; i += 2) {
-    for (int line = 0; line < lines; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
+  for (int i = 0; i < k; ++i) {
+    for (int line = 0; line < lines; ++line) __builtin_prefetch(ahead + 64 * line);
     ahead += 64 * lines;
-    Floats even[kVectors], odd[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kStorage == Storage::float32) {
-        even[v] = load(reinterpret_cast<const float*>(w) + v * kLanes);
-        odd[v] = load(reinterpret_cast<const float*>(w) + kPanel + v * kLanes);
-      } else {
-        const Ints pairs = reinterpret_cast<const UnalignedInts*>(w)[v];
-        even[v] = (Floats)(pairs << 16);
-        odd[v] = (Floats)(pairs & int32_t(0xffff0000));
-      }
-    }
-    w += 2 * kPanel * (kStorage == Storage::float32 ? 4 : 2);
+    Floats weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) weights[v] = load_weights<kStorage>(w, i, v);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Floats x = all(a[r * stride + i]);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, even[v], sums[r][v]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Floats x = all(a[r * stride + i + 1]);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, odd[v], sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(x, weights[v], sums[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r)
@@ -143,23 +137,36 @@ constexpr Tiles all_tiles() {
 
 constexpr Tiles kTiles = all_tiles();
 
+constexpr size_t kAhead = 16384;  // bytes
+constexpr int kWidenFrom = 3;     // tiles
+
 void linear_panel(const Linear& linear, int panel, Matrix in, int rows, Epilogue epilogue, Matrix out, Matrix gate) {
   alignas(64) float total[kTaskRows * kPanel];
   const char* w = static_cast<const char*>(linear.panels) + panel * linear.panel_bytes();
-  const Tile* tiles = kTiles.of[linear.storage == Storage::float32 ? 0 : 1];
   const int bytes_per_k = int(linear.panel_bytes() / linear.k);
   const int count = (rows + kMaxTileRows - 1) / kMaxTileRows;
-  const int lines = 2 * bytes_per_k / 64;  // of the weights, for two k
+  // Where several tiles use a block of bfloat16, it is widened once for all of them. The numbers are the same.
+  alignas(64) float widened[kBlockK * kPanel];
+  const bool widen = linear.storage == Storage::bfloat16 && count >= kWidenFrom;
+  const Tile* tiles = kTiles.of[linear.storage == Storage::float32 || widen ? 0 : 1];
+  const int lines = bytes_per_k / 64;
 
   for (int start = 0; start < linear.k; start += kBlockK) {
     const int k = linear.k - start < kBlockK ? linear.k - start : kBlockK;
-    // While this block is multiplied the next, which lies behind it, is fetched: each tile asks for its share.
-    const char* ahead = w + size_t(k) * bytes_per_k;
+    // Meanwhile what lies behind is fetched: with several tiles the next block, of which each tile asks for its share.
+    const char* ahead = w + (count == 1 ? kAhead : size_t(k) * bytes_per_k);
+    const char* block = w;
+    if (widen) {
+      for (int i = 0; i < k; ++i)
+        for (int v = 0; v < kPanel / kLanes; ++v)
+          store(widened + i * kPanel + v * kLanes, load_weights<Storage::bfloat16>(w, i, v));
+      block = reinterpret_cast<const char*>(widened);
+    }
     for (int i = 0, row = 0; i < count; ++i) {
       const int end = (i + 1) * rows / count;
       const int from = i * lines / count, to = (i + 1) * lines / count;
-      tiles[end - row](
-          in.row(row) + start, in.stride, w, k, total + row * kPanel, start == 0, ahead + size_t(from) * 32 * k, to - from);
+      tiles[end - row](in.row(row) + start, in.stride, block, k, total + row * kPanel, start == 0, ahead + size_t(from) * 64 * k,
+                       to - from);
       row = end;
     }
     w += size_t(k) * bytes_per_k;
@@ -172,9 +179,15 @@ void linear_panel(const Linear& linear, int panel, Matrix in, int rows, Epilogue
       float* at = out.row(r) + column + j;
       const Floats x = load(total + r * kPanel + j) + load(bias + j);
       switch (epilogue) {
-        case Epilogue::store: store(at, x); break;
-        case Epilogue::silu: store(at, silu(x)); break;
-        case Epilogue::gated_residual: store(at, multiply_add(load(gate.row(r) + column + j), x, load(at))); break;
+        case Epilogue::store:
+          store(at, x);
+          break;
+        case Epilogue::silu:
+          store(at, silu(x));
+          break;
+        case Epilogue::gated_residual:
+          store(at, multiply_add(load(gate.row(r) + column + j), x, load(at)));
+          break;
       }
     }
 }

@@ -11,8 +11,8 @@ namespace disa_fast::cpu {
 // Weights lie in panels of this many output columns, [panel][k][column]; bfloat16 in pairs of k, [panel][k/2][column][2].
 constexpr int kPanel = 32;
 
-// Products are summed over this many k on their own and then added to the total, whatever the number of rows: this keeps the rounding
-// error of a long sum down, and it is what makes a row's bits independent of the rows beside it.
+// Products are summed over this many k on their own and then added to the total, whatever the number of rows: this keeps the
+// rounding error of a long sum down, and it is what makes a row's bits independent of the rows beside it.
 constexpr int kBlockK = 256;
 
 // The most rows of one call of linear_panel: their blocks of input, and a block of the panel, stay in the level-2 cache.
@@ -24,8 +24,8 @@ enum class Storage { float32, bfloat16 };
 struct Linear {
   const void* panels;
   const float* bias;
-  int k;       // even
-  int columns; // a multiple of kPanel
+  int k;        // even
+  int columns;  // a multiple of kPanel
   Storage storage;
 
   [[gnu::always_inline]] size_t panel_bytes() const { return size_t(k) * kPanel * (storage == Storage::float32 ? 4 : 2); }
@@ -42,19 +42,20 @@ struct Matrix {
 };
 
 enum class Epilogue {
-  store,          // out = x
-  silu,           // out = x / (1 + exp(-x))
-  gated_residual, // out += gate * x
+  store,           // out = x
+  silu,            // out = x / (1 + exp(-x))
+  gated_residual,  // out += gate * x
 };
 
 struct Kernels {
   const char* name;
 
-  // The columns of one panel of epilogue(in @ weight^T + bias) for `rows` rows, at most kTaskRows. in: [rows, k], zeros beyond the true k.
+  // The columns of one panel of epilogue(in @ weight^T + bias) for `rows` rows, at most kTaskRows. in: [rows, k], zeros beyond the
+  // true k.
   void (*linear_panel)(const Linear& linear, int panel, Matrix in, int rows, Epilogue epilogue, Matrix out, Matrix gate);
 
-  // out[j] = (in[j] - mean) / sqrt(variance + eps) * scale[j] + shift[j] for j < padded, a multiple of kPanel; the statistics are those of
-  // the first `width`.
+  // out[j] = (in[j] - mean) / sqrt(variance + eps) * scale[j] + shift[j] for j < padded, a multiple of kPanel; the statistics are
+  // those of the first `width`.
   void (*normalize)(const float* in, const float* shift, const float* scale, int width, int padded, float eps, float* out);
 
   // out = silu(a + b), `count` a multiple of kPanel.

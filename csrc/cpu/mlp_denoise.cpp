@@ -206,8 +206,7 @@ class Loop {
     for (int panel = 0; panel < w_.input.panel_count(); ++panel)
       kernels_.linear_panel(w_.input, panel, x, count, Epilogue::store, b_.h.from(from), {});
     if (call_.guided)
-      for (int t = from; t < from + count; ++t)
-        std::memcpy(b_.h.row(chunk_.count + t), b_.h.row(t), w_.padded * sizeof(float));
+      for (int t = from; t < from + count; ++t) std::memcpy(b_.h.row(chunk_.count + t), b_.h.row(t), w_.padded * sizeof(float));
   }
 
   const MlpDenoise& call_;

@@ -7,8 +7,8 @@
 
 namespace disa_fast::cpu {
 
-// A head's weights after the hoists, owned by the caller. Parts of the modulation that belong to one block lie side by side: shift, scale and
-// gate of every block, then shift and scale of the final layer, each `padded` columns.
+// A head's weights after the hoists, owned by the caller. Parts of the modulation that belong to one block lie side by side: shift,
+// scale and gate of every block, then shift and scale of the final layer, each `padded` columns.
 struct MlpWeights {
   int channels;  // of the state
   int width;
@@ -31,8 +31,9 @@ struct Steps {
 struct MlpDenoise {
   const MlpWeights* weights;
   Steps steps;
-  const float* times;       // [steps, padded], time_embed
-  const float* conditions;  // [rows, padded], cond_embed(z); rows = trajectories, or 2 * trajectories under guidance, conditional half first
+  const float* times;  // [steps, padded], time_embed
+  const float*
+      conditions;  // [rows, padded], cond_embed(z); rows = trajectories, or 2 * trajectories under guidance, conditional half first
   const float* step_noise;  // [steps, trajectories, channels]; null where no step is noisy
   float* state;             // [trajectories, channels]: the start, and then the result
   int trajectories;
@@ -40,7 +41,8 @@ struct MlpDenoise {
   double cfg, temperature;
 };
 
-// Runs the loop on at most `threads` threads. A row's result does not depend on their number or on the other rows. Throws std::bad_alloc.
+// Runs the loop on at most `threads` threads. A row's result does not depend on their number or on the other rows. Throws
+// std::bad_alloc.
 void mlp_denoise(const MlpDenoise& call, const Kernels& kernels, int threads);
 
 // out = epilogue(in @ weight^T + bias), [rows, columns] contiguous; in: [rows, k]. The same promise about rows and threads.

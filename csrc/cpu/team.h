@@ -12,8 +12,8 @@
 
 namespace disa_fast::cpu {
 
-// Where `size` threads meet. Whoever comes early spins for some microseconds, for the others are usually as far, and then sleeps: a thread that
-// went on spinning would take the core from the one that it waits for, where other programs keep the machine busy.
+// Where `size` threads meet. Whoever comes early spins for some microseconds, for the others are usually as far, and then sleeps: a
+// thread that went on spinning would take the core from the one that it waits for, where other programs keep the machine busy.
 class Barrier {
  public:
   explicit Barrier(int size) : size_(size) {}
@@ -34,8 +34,8 @@ class Member {
  public:
   const int index;
 
-  // body(i) for every i in [0, count), shared out among the team, each i once; all members call it with the same count, and all bodies are
-  // done when it returns. Everyone has a range of consecutive i, and helps the others when done with it.
+  // body(i) for every i in [0, count), shared out among the team, each i once; all members call it with the same count, and all
+  // bodies are done when it returns. Everyone has a range of consecutive i, and helps the others when done with it.
   template <class Body>
   void for_each(int count, Body body);
 

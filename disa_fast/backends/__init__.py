@@ -3,6 +3,7 @@
 A backend is one module with
 
     refuses(spec, dtype, device, rows) -> str | None      None: it can serve the call; else the reason why not
+    about(dtype) -> str                                   what runs then, for explain
     denoise(head, z, table, cfg, temperature, noise, step_noise) -> Tensor
 
 where noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is [n, z_channels],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..solvers import StepTable
 try:
     from .. import _C
 except ImportError as error:
-    _C, _WHY_NOT = None, str(error)
+    _C, _IMPORT_ERROR = None, str(error)
 
 if TYPE_CHECKING:
     from ..heads.mlp import MLPHead, MLPSpec
@@ -31,9 +32,17 @@ if TYPE_CHECKING:
 STORAGE = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}  # by the call's dtype
 
 
+def is_built() -> bool:
+    return _C is not None
+
+
+def about(dtype: torch.dtype) -> str:
+    return f"C++ kernels for {instruction_set()}, {torch.get_num_threads()} threads, weights stored in {STORAGE[dtype]}"
+
+
 def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str | None:
-    if _C is None:
-        return f"not part of this installation: {_WHY_NOT}"
+    if not is_built():
+        return f"not part of this installation ({_why_not_built()}); install a C++ compiler, then disa_fast anew"
     if device.type != "cpu":
         return f"runs on CPUs, not on {device}"
     if dtype not in STORAGE:
@@ -69,12 +78,17 @@ def denoise(
 
 
 def instruction_set() -> str:
-    """Which of the compiled kernels run: the best that this processor has, or what DISA_FAST_CPU_ISA says. ValueError if it has not that."""
+    """Which kernels run: the best that this processor has, or DISA_FAST_CPU_ISA. ValueError if that is not among them."""
     available = _C.isas().split()
     isa = os.environ.get("DISA_FAST_CPU_ISA") or available[0]
     if isa not in available:
         raise ValueError(f"DISA_FAST_CPU_ISA: expected one of {available} on this processor, got {isa!r}")
     return isa
+
+
+def _why_not_built() -> str:
+    log = Path(__file__).parent.parent / "not_built.txt"  # written by setup.py
+    return " ".join(log.read_text().split())[:300] if log.exists() else _IMPORT_ERROR
 
 
 class Weights:
@@ -123,7 +137,7 @@ class Weights:
 
 
 class PackedLinears:
-    """Linear layers, [(weight [columns, k], bias [columns])], in the panels that csrc/cpu/kernels.h describes, one behind the other."""
+    """Linear layers, (weight [columns, k], bias [columns]) each, in the panels of csrc/cpu/kernels.h, one behind the other."""
 
     def __init__(self, linears: Sequence[tuple[Tensor, Tensor]], storage: torch.dtype) -> None:
         pair = 2 if storage == torch.bfloat16 else 1
@@ -139,13 +153,17 @@ class PackedLinears:
             self._biases.append(F.pad(bias, (0, columns - len(bias))))
             self.layers.append(
                 _C.Linear(
-                    panels=panels.data_ptr(), bias=self._biases[-1].data_ptr(), k=k, columns=columns, bfloat16=storage == torch.bfloat16
+                    panels=panels.data_ptr(),
+                    bias=self._biases[-1].data_ptr(),
+                    k=k,
+                    columns=columns,
+                    bfloat16=storage == torch.bfloat16,
                 )
             )
 
 
 def linear(layer: _C.Linear, x: Tensor, silu: bool = False) -> Tensor:
-    """x @ weight^T + bias, through SiLU or not. x: [rows, at least the layer's k] float32; the result has the layer's padded columns."""
+    """x @ weight^T + bias, through SiLU or not. x: [rows, k or more] float32; the result has the layer's padded columns."""
     x = F.pad(x, (0, max(0, layer.k - x.shape[1]))).contiguous()
     out = torch.empty(len(x), layer.columns)
     _C.linear(

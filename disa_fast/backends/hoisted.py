@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 MODULATION_BYTES = 64 << 20
 
 
+def about(dtype: torch.dtype) -> str:
+    return "plain PyTorch, with everything that does not depend on the state taken out of the loop"
+
+
 def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str | None:
     return None
 

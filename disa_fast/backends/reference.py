@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ..heads.mlp import MLPHead, MLPSpec
 
 
+def about(dtype: torch.dtype) -> str:
+    return "plain PyTorch, the network at every step as the formulas read"
+
+
 def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str | None:
     return None
 
