@@ -219,8 +219,10 @@ def test_several_threads_call_at_once(threads):
     assert not wrong
 
 
-def run_script(script: str) -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs Python in a process of its own, from a folder where only the installed package is found."""
+    return lambda script: subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=tmp_path)
 
 
 SETUP = """
@@ -236,7 +238,7 @@ expected = run()
 
 
 @native
-def test_after_fork():
+def test_after_fork(run_script):
     """A child has none of its parent's threads, and makes its own; the parent goes on with his."""
     run_script(
         SETUP
@@ -251,15 +253,15 @@ assert torch.equal(run(), expected)
 
 
 @native
-def test_threads_do_not_pile_up():
+def test_threads_do_not_pile_up(run_script):
     run_script(
         SETUP
         + """
 for count in [2, 3, 4] * 100 + list(range(2, 13)):
     torch.set_num_threads(count)
     assert torch.equal(run(), expected)
-mine = [task for task in os.listdir("/proc/self/task")]
-assert len(mine) < 120, len(mine)
+threads = len(os.listdir("/proc/self/task"))
+assert threads < 120, threads
 """
     )
 
