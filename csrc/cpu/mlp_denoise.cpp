@@ -217,8 +217,8 @@ class Loop {
   const int steps_at_a_time_;
 };
 
-// No more threads than have something to do: meeting the others costs about as much as kFlops of arithmetic.
-int useful_threads(int threads, double flops) {
+// How many of the threads have something to do: meeting the others costs about as much as kFlops of arithmetic.
+int useful_members(int threads, double flops) {
   constexpr double kFlops = 2e5;
   return std::max(1, int(std::min(double(threads), flops / kFlops)));
 }
@@ -236,10 +236,11 @@ void mlp_denoise(const MlpDenoise& call, const Kernels& kernels, int threads) {
   const int steps = std::clamp<int>(int(kModulationFloats / (row_floats * halves * largest)), 1, call.steps.count);
 
   const double rows = double(halves) * largest;
-  const auto team = Team::borrow(useful_threads(threads, (rows + 4) * 2.0 * w.padded * w.padded));
-  const auto buffers_in = [&](float* memory) { return Buffers(memory, w, halves * largest, steps, team->size()); };
+  const int members = useful_members(threads, (rows + 4) * 2.0 * w.padded * w.padded);
+  const auto team = Team::borrow(threads);
+  const auto buffers_in = [&](float* memory) { return Buffers(memory, w, halves * largest, steps, members); };
   const Buffers buffers = buffers_in(team->scratch(buffers_in(nullptr).floats));
-  team->run([&](Member& member) {
+  team->run(members, [&](Member& member) {
     for (int i = 0; i < chunks; ++i) {
       const int from = int(int64_t(call.trajectories) * i / chunks), to = int(int64_t(call.trajectories) * (i + 1) / chunks);
       const Chunk chunk{from, to - from, halves * (to - from)};
@@ -250,9 +251,9 @@ void mlp_denoise(const MlpDenoise& call, const Kernels& kernels, int threads) {
 
 void linear(const Linear& linear, const Kernels& kernels, Matrix in, int rows, Epilogue epilogue, float* out, int threads) {
   if (rows == 0) return;
-  const auto team = Team::borrow(useful_threads(threads, 2.0 * (rows + 4) * linear.k * linear.columns));
+  const int members = useful_members(threads, 2.0 * (rows + 4) * linear.k * linear.columns);
   const int parts = divide_up(rows, kTaskRows);
-  team->run([&](Member& member) {
+  Team::borrow(threads)->run(members, [&](Member& member) {
     member.for_each(linear.panel_count() * parts, [&](int i) {
       const int panel = i / parts, from = i % parts * rows / parts, to = (i % parts + 1) * rows / parts;
       const Matrix output = Matrix{out, size_t(linear.columns)}.from(from);

@@ -1,10 +1,12 @@
 #include "team.h"
 
-#include <cstdint>
+#include <algorithm>
 #include <new>
 #include <system_error>
 
 #if defined(__unix__) || defined(__APPLE__)
+#define DISA_FAST_POSIX
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 #if defined(__linux__)
@@ -38,24 +40,49 @@ struct Idle {
 // Never destroyed: a thread may still be in a call when the process ends.
 alignas(Idle) unsigned char idle_storage[sizeof(Idle)];
 
+std::atomic<bool> forked{false};
+
 Idle& idle() {
   static Idle* const made = [] {
     Idle* fresh = new (idle_storage) Idle;
-#if defined(__unix__) || defined(__APPLE__)
+#if defined(DISA_FAST_POSIX)
     // The child has none of the threads, and perhaps a locked mutex: forget both without touching them.
-    pthread_atfork(nullptr, nullptr, [] { new (idle_storage) Idle; });
+    pthread_atfork(nullptr, nullptr, [] {
+      new (idle_storage) Idle;
+      forked = true;
+    });
 #endif
     return fresh;
   }();
   return *made;
 }
 
+// The entry points of the OpenMP runtime that is loaded; GNU's, LLVM's and Intel's all have them.
+struct OpenMp {
+  void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+};
+
+const OpenMp* open_mp() {
+  static const OpenMp found = [] {
+    OpenMp omp;
+#if defined(DISA_FAST_POSIX)
+    omp.parallel = reinterpret_cast<decltype(omp.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    omp.thread_num = reinterpret_cast<decltype(omp.thread_num)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    omp.num_threads = reinterpret_cast<decltype(omp.num_threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+#endif
+    return omp;
+  }();
+  return found.parallel && found.thread_num && found.num_threads && !forked ? &found : nullptr;
+}
+
 }  // namespace
 
-void Barrier::wait() {
-  if (size_ == 1) return;
+void Barrier::wait(int count) {
+  if (count == 1) return;
   const unsigned generation = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
     arrived_.store(0, std::memory_order_relaxed);
     {
       std::lock_guard lock(mutex_);
@@ -72,56 +99,67 @@ void Barrier::wait() {
   condition_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != generation; });
 }
 
-Team::Team(int size) : asked_(size) {
-  // Threads wait for the barrier to be made, and it for their number: the system may give fewer than asked for.
-  std::mutex mutex;
-  std::condition_variable made;
-  bool ready = false;
+Team::Team(int threads) : asked_(threads), taken_(threads) {
+  if (!open_mp()) start_threads();
+}
+
+void Team::start_threads() {
+  // The new threads wait until it is known how many there are: the system may give fewer than asked for.
+  const auto hold = std::make_shared<std::mutex>();
+  const std::lock_guard lock(*hold);
   try {
-    for (int i = 1; i < size; ++i)
-      threads_.emplace_back([this, i, &mutex, &made, &ready] {
-        {
-          std::unique_lock lock(mutex);
-          made.wait(lock, [&] { return ready; });
-        }
+    for (int i = 1; i < asked_; ++i)
+      own_.emplace_back([this, i, hold] {
+        hold->lock();
+        hold->unlock();
         work(i);
       });
   } catch (const std::system_error&) {
   }
-  taken_ = std::vector<Taken>(this->size());
-  barrier_ = std::make_unique<Barrier>(this->size());
-  {
-    std::lock_guard lock(mutex);
-    ready = true;
-  }
-  made.notify_all();
-  barrier_->wait();  // nobody uses the three locals any more
 }
 
 Team::~Team() {
+  if (own_.empty()) return;
   stop_ = true;
-  barrier_->wait();
-  for (std::thread& thread : threads_) thread.join();
+  gate_.wait(int(own_.size()) + 1);
+  for (std::thread& thread : own_) thread.join();
 }
 
 void Team::work(int index) {
-  barrier_->wait();
   for (;;) {
-    barrier_->wait();
+    gate_.wait(int(own_.size()) + 1);
     if (stop_) return;
-    Member member(*this, index);
-    (*body_)(member);
-    barrier_->wait();
+    take_part(index, std::min(members_, int(own_.size()) + 1));
+    gate_.wait(int(own_.size()) + 1);
   }
 }
 
-void Team::run(const std::function<void(Member&)>& body) {
+void Team::take_part(int index, int members) {
+  if (index >= members) return;
+  Member member(*this, index, members);
+  (*body_)(member);
+}
+
+void Team::run(int members, const std::function<void(Member&)>& body) {
   body_ = &body;
+  members_ = members;
   for (Taken& taken : taken_) taken.of[0].store(0, std::memory_order_relaxed);
-  barrier_->wait();
-  Member member(*this, 0);
-  body(member);
-  barrier_->wait();
+  const OpenMp* omp = open_mp();
+  if (members == 1) {
+    take_part(0, 1);
+  } else if (omp) {
+    // All threads, whether they take part or not: a runtime that is asked for fewer ends the others.
+    omp->parallel(
+        [](void* self) {
+          Team& team = *static_cast<Team*>(self);
+          team.take_part(open_mp()->thread_num(), std::min(team.members_, open_mp()->num_threads()));
+        },
+        this, unsigned(asked_), 0);
+  } else {
+    gate_.wait(int(own_.size()) + 1);
+    take_part(0, std::min(members, int(own_.size()) + 1));
+    gate_.wait(int(own_.size()) + 1);
+  }
 }
 
 float* Team::scratch(size_t floats) {
@@ -139,19 +177,19 @@ float* Team::scratch(size_t floats) {
   return scratch_.get();
 }
 
-std::shared_ptr<Team> Team::borrow(int size) {
+std::shared_ptr<Team> Team::borrow(int threads) {
   std::unique_ptr<Team> team;
   {
     std::lock_guard lock(idle().mutex);
     auto& teams = idle().teams;
     for (size_t i = teams.size(); i-- > 0;)
-      if (teams[i]->asked_ == size) {
+      if (teams[i]->asked_ == threads) {
         team = std::move(teams[i]);
         teams.erase(teams.begin() + i);
         break;
       }
   }
-  if (!team) team = std::make_unique<Team>(size);
+  if (!team) team = std::make_unique<Team>(threads);
   return {team.release(), [](Team* back) {
             std::unique_ptr<Team> oldest, returned(back);
             std::lock_guard lock(idle().mutex);

@@ -142,7 +142,7 @@ class PackedLinears:
     def __init__(self, linears: Sequence[tuple[Tensor, Tensor]], storage: torch.dtype) -> None:
         pair = 2 if storage == torch.bfloat16 else 1
         shapes = [(_up(weight.shape[0], _C.PANEL), _up(weight.shape[1], 2)) for weight, _ in linears]
-        self._panels = _empty(sum(columns * k for columns, k in shapes), storage)
+        self._panels = empty(sum(columns * k for columns, k in shapes), storage)
         self._biases = []
         self.layers = []
         for (weight, bias), (columns, k), panels in zip(
@@ -179,7 +179,17 @@ def linear(layer: _C.Linear, x: Tensor, silu: bool = False) -> Tensor:
     return out
 
 
-def _empty(count: int, dtype: torch.dtype) -> Tensor:
+def read_memory(memory: Tensor, size: int) -> None:
+    """Reads the first `size` bytes once with all threads; for benchmarks to time."""
+    _C.read_memory(memory.data_ptr(), size, instruction_set(), torch.get_num_threads())
+
+
+def multiply_add(rounds: int) -> float:
+    """Does `rounds` of multiply-adds in the registers of all threads and returns how many numbers that were; for benchmarks to time."""
+    return _C.multiply_add(rounds, instruction_set(), torch.get_num_threads())
+
+
+def empty(count: int, dtype: torch.dtype) -> Tensor:
     """[count] uninitialised, aligned to a page. NumPy asks the system for huge pages, which torch.empty does not."""
     page = 4096
     memory = torch.from_numpy(np.empty(count * dtype.itemsize + page, dtype=np.uint8))
