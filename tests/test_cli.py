@@ -30,13 +30,14 @@ def test_demo(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("disa_fast.demo.run.BASELINE_STEPS", 4)
     assert main(["demo", *QUICK, "--num-images", "50", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
+    assert "| 4 constant steps, plain PyTorch | 8 |" in out
     assert "| 4 constant steps, no clip | 8 |" in out
     assert "| 4 constant steps | 8 |" in out
     assert "| DiSA linear:3-2 | 5 |" in out
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 3 * 10 * 56
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
-    assert [row["evaluations"] for row in rows] == [8, 8, 5]
+    assert [row["evaluations"] for row in rows] == [8, 8, 8, 5]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.png"]
 
 

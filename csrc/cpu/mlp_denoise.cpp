@@ -19,7 +19,7 @@ namespace disa_fast::cpu {
 namespace {
 
 // How much modulation is made at a time; it bounds the memory of a call, and the rows that walk through the steps together.
-constexpr size_t kModulationFloats = size_t(16) << 20;
+constexpr size_t kModulationFloats = size_t(8) << 20;
 
 // Up to this many rows every thread normalizes all of them for itself, which is cheaper than to meet once more.
 constexpr int kPrivateRows = 16;
@@ -47,6 +47,18 @@ class Arena {
   float* memory_;
   size_t used_ = 0;
 };
+
+// out = epilogue(in @ weight^T + bias), [rows, columns], by all members together: each takes panels, for some of the rows where
+// they are many.
+void multiply(Member& member, const Kernels& kernels, const Linear& linear, Matrix in, int rows, Epilogue epilogue, Matrix out,
+              Matrix gate) {
+  const int parts = divide_up(rows, kTaskRows);
+  member.for_each(linear.panel_count() * parts, [&](int i) {
+    const int64_t part = i % parts;
+    const int from = int(part * rows / parts), to = int((part + 1) * rows / parts);
+    kernels.linear_panel(linear, i / parts, in.from(from), to - from, epilogue, out.from(from), gate.from(from));
+  });
+}
 
 // The rows of one call that walk through all steps together: trajectories [from, from + count).
 struct Chunk {
@@ -102,22 +114,14 @@ class Loop {
       if (step % steps_at_a_time_ == 0) modulate(member, step, std::min(steps_at_a_time_, call_.steps.count - step));
       for (int block = 0; block < depth; ++block) {
         const Matrix normalized = normalize(member, part(step, 3 * block));
-        product(member, w_.first[block], normalized, chunk_.rows, Epilogue::silu, b_.m, {});
-        product(member, w_.second[block], b_.m, chunk_.rows, Epilogue::gated_residual, b_.h, part(step, 3 * block + 2));
+        multiply(member, kernels_, w_.first[block], normalized, chunk_.rows, Epilogue::silu, b_.m, {});
+        multiply(member, kernels_, w_.second[block], b_.m, chunk_.rows, Epilogue::gated_residual, b_.h, part(step, 3 * block + 2));
       }
       finish(member, step);
     }
   }
 
  private:
-  void product(Member& member, const Linear& linear, Matrix in, int rows, Epilogue epilogue, Matrix out, Matrix gate) const {
-    const int parts = divide_up(rows, kTaskRows);
-    member.for_each(linear.panel_count() * parts, [&](int i) {
-      const int panel = i / parts, from = i % parts * rows / parts, to = (i % parts + 1) * rows / parts;
-      kernels_.linear_panel(linear, panel, in.from(from), to - from, epilogue, out.from(from), gate.from(from));
-    });
-  }
-
   // Part p of the modulation of `step`: [rows, padded].
   Matrix part(int step, int p) const {
     return {b_.modulation.row(size_t(step % steps_at_a_time_) * chunk_.rows) + size_t(p) * w_.padded, b_.modulation.stride};
@@ -133,7 +137,7 @@ class Loop {
       const float* time = call_.times + size_t(from + i / chunk_.rows) * w_.padded;
       kernels_.silu_sum(time, condition(i % chunk_.rows), w_.padded, b_.y.row(i));
     });
-    product(member, w_.modulation, b_.y, steps * chunk_.rows, Epilogue::store, b_.modulation, {});
+    multiply(member, kernels_, w_.modulation, b_.y, steps * chunk_.rows, Epilogue::store, b_.modulation, {});
   }
 
   Matrix normalize(Member& member, Matrix shift) const {
@@ -252,14 +256,8 @@ void mlp_denoise(const MlpDenoise& call, const Kernels& kernels, int threads) {
 void linear(const Linear& linear, const Kernels& kernels, Matrix in, int rows, Epilogue epilogue, float* out, int threads) {
   if (rows == 0) return;
   const int members = useful_members(threads, 2.0 * (rows + 4) * linear.k * linear.columns);
-  const int parts = divide_up(rows, kTaskRows);
-  Team::borrow(threads)->run(members, [&](Member& member) {
-    member.for_each(linear.panel_count() * parts, [&](int i) {
-      const int panel = i / parts, from = i % parts * rows / parts, to = (i % parts + 1) * rows / parts;
-      const Matrix output = Matrix{out, size_t(linear.columns)}.from(from);
-      kernels.linear_panel(linear, panel, in.from(from), to - from, epilogue, output, {});
-    });
-  });
+  Team::borrow(threads)->run(
+      members, [&](Member& member) { multiply(member, kernels, linear, in, rows, epilogue, {out, size_t(linear.columns)}, {}); });
 }
 
 }  // namespace disa_fast::cpu
