@@ -39,9 +39,9 @@ def head(request) -> MLPHead:
 
 
 def guided_call(head: MLPHead, rows: int, steps: int) -> Callable[..., torch.Tensor]:
-    """A guided call; noise is given, so that drawing it is not timed."""
+    """A guided call; noise is given, so that drawing it is not timed. The table may have fewer steps: those after the clip."""
     z, table = torch.randn(rows, Z_CHANNELS), solvers.ddpm(steps)
-    noise, step_noise = torch.randn(rows // 2, 16), torch.randn(steps, rows // 2, 16)
+    noise, step_noise = torch.randn(rows // 2, 16), torch.randn(len(table), rows // 2, 16)
     return lambda **how: head.denoise(z, table, cfg=3.0, noise=noise, step_noise=step_noise, **how)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import operator
+import os
 import re
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 import disa_fast
+from disa_fast import backends
 from disa_fast.demo.run import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CONTESTANTS = ["torch.compile", "hoisted", "float32", "bfloat16"]  # of bench/bench_cpu.py, in the order of the README's table
 
 
 def test_importing_does_not_start_cuda():
@@ -34,6 +37,14 @@ def test_installed_with_its_data():
     assert any(script.name == "disa-fast" for script in entry_points(group="console_scripts"))
 
 
+def test_the_native_core_is_where_it_should_be():
+    """Built by the installation, unless that says why not; DISA_FAST_REQUIRE_NATIVE=1, which CI sets, makes a failure an error."""
+    package = Path(disa_fast.__file__).parent
+    assert backends.cpu.is_built() != (package / "not_built.txt").exists()
+    if os.environ.get("DISA_FAST_REQUIRE_NATIVE") == "1":
+        assert backends.cpu.is_built()
+
+
 def test_public_names():
     assert all(hasattr(disa_fast, name) for name in disa_fast.__all__)
 
@@ -41,15 +52,18 @@ def test_public_names():
 def test_numbers_in_the_readme_are_the_committed_results():
     results = ROOT / "bench" / "results"
     assert table(json.loads((results / "demo.json").read_text())["rows"]) in README
-    ratios = [run["extra_info"] for run in json.loads((results / "mlp_head.json").read_text())["benchmarks"]]
-    ratios = [info for info in ratios if "ratio" in info]
-    assert len(ratios) == 4
-    for info in ratios:
-        low, high = info["quartiles"]
-        assert f"| {info['rows']} | {info['ratio']:.2f}x | {low:.2f} to {high:.2f} |" in README
+    infos = [run["extra_info"] for run in json.loads((results / "cpu.json").read_text())["benchmarks"]]
+    steps = [info for info in infos if info["size"] == "MAR-L" and "steps" in info]
+    assert [info["rows"] for info in steps] == [2, 8, 14, 32, 128, 512, 2048]
+    for info in steps:
+        over_eager = " | ".join(f"{info['results'][name]['over_eager']:.2f}x" for name in CONTESTANTS)
+        floor = " and ".join(f"{info['results'][name]['of_floor']:.0%}".replace("%", " %") for name in CONTESTANTS[2:])
+        assert f"| {info['rows']} | {over_eager} | {floor} |" in README
+    image = next(info["results"] for info in infos if "seconds" in info.get("results", {}).get("eager", {}))
+    assert " | ".join(f"{image[name]['over_eager']:.2f}x" for name in CONTESTANTS[1:]) in README
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:bench|docs|tests|disa_fast)/[\w./-]+\w", README))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:bench|csrc|docs|tests|disa_fast)/[\w./-]+\w", README))))
 def test_paths_in_the_readme_exist(path):
     assert (ROOT / path).exists()
 

@@ -58,7 +58,7 @@ inline Floats exponential(Floats x) {
   const Floats whole = shifted - round_to_int;
   Floats r = multiply_add(whole, all(-0.693359375f), x);  // ln 2 in two parts, the first exact in whole * part
   r = multiply_add(whole, all(2.12194440e-4f), r);
-  Floats p = all(1.0f / 5040);  // Taylor's series to r^7, |r| <= ln(2)/2: its remainder is 4e-9 of the value
+  Floats p = all(1.0f / 5040);  // Taylor's series to r^7, |r| <= ln(2)/2: its remainder is 5e-9 of the value
   p = multiply_add(p, r, all(1.0f / 720));
   p = multiply_add(p, r, all(1.0f / 120));
   p = multiply_add(p, r, all(1.0f / 24));

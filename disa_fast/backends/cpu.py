@@ -185,7 +185,7 @@ def read_memory(memory: Tensor, size: int) -> None:
 
 
 def multiply_add(rounds: int) -> float:
-    """Does `rounds` of multiply-adds in the registers of all threads and returns how many numbers that were; for benchmarks to time."""
+    """Multiplies and adds in the registers of all threads, and returns how many numbers that were; for benchmarks to time."""
     return _C.multiply_add(rounds, instruction_set(), torch.get_num_threads())
 
 
