@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -26,7 +25,7 @@ class CMakeBuild(build_ext):
             stale.unlink(missing_ok=True)
         try:
             self.cmake(target)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
             output = getattr(error, "stdout", None) or str(error)
             if os.environ.get("DISA_FAST_REQUIRE_NATIVE") == "1":
                 raise SystemExit(f"disa_fast: the native core could not be built:\n{output}") from None
@@ -34,6 +33,8 @@ class CMakeBuild(build_ext):
             why_not.write_text(output)
 
     def cmake(self, target: Path) -> None:
+        import pybind11
+
         build = Path(self.build_temp).resolve()
         shutil.rmtree(build, ignore_errors=True)  # another compiler, or another environment's pybind11, may have left it
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draw with the shipped model, with constant steps and with DiSA, and compare",
         description="""Draws images of the same classes, on one seed, with 100 constant steps and with an annealed schedule,
         writes OUT/demo.png (side by side) and OUT/demo.json, and prints network evaluations, seconds, class accuracy and Frechet
-        distance. Takes about two minutes on two CPU cores.""",
+        distance. Takes one or two minutes on two CPU cores.""",
         formatter_class=_Help,
     )
     demo.add_argument("--num-images", type=_positive, default=200, help="images of each kind, classes in turn")
