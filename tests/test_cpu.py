@@ -133,11 +133,12 @@ def test_bits_do_not_depend_on_threads(isa, dtype, monkeypatch, threads):
 
 
 @native
-def test_bits_do_not_depend_on_chunks():
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_bits_do_not_depend_on_chunks(cfg):
     """So many rows that not all walk through the steps together, nor have several steps' modulation made at once."""
-    call = Call(random_head(1024, 6), 900, 2, 1.0)
+    call = Call(random_head(1024, 6), 900, 2, cfg)
     whole = call()
-    some = [0, 449, 450, 899]
+    some = [0, 149, 150, call.trajectories // 2, call.trajectories - 1]
     assert torch.equal(call(only=some), whole[some])
 
 
