@@ -1,9 +1,11 @@
 """The C++ core. That it computes what was recorded is in test_mlp_head.py and test_mar.py, which run every backend."""
 
 import functools
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -161,6 +163,30 @@ def test_inputs_of_any_stride():
 
 
 @native
+def test_parameters_of_any_stride():
+    call = Call(random_head(192, 2), 6, 4, 3.0)
+    expected = call()
+    sd = {name: p.detach().mT.contiguous().mT if p.ndim == 2 else p.detach() for name, p in call.head._net.named_parameters()}
+    call.head = MLPHead.from_state_dict(sd)
+    assert torch.equal(call(), expected)
+
+
+@native
+def test_packed_weights_go_with_the_last_reference():
+    """At once, and not when the garbage collector comes by: they may be hundreds of megabytes."""
+    call = Call(random_head(64, 3), 2, 2, 1.0)
+    call()
+    packed = [weakref.ref(w) for w in call.head._packed.values() if isinstance(w, cpu.Weights)]
+    assert packed
+    gc.disable()
+    try:
+        call.head.refresh()
+        assert not any(ref() for ref in packed)
+    finally:
+        gc.enable()
+
+
+@native
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_row_stays_alone(bad):
     call = Call(random_head(192, 2), 18, 4, 3.0)
@@ -184,7 +210,7 @@ def test_inputs_are_not_written_to():
 
 
 @native
-@pytest.mark.parametrize("shape", [(16, 1, 1), (1, 33, 2), (20, 64, 1), (7, 31, 1)])
+@pytest.mark.parametrize("shape", [(16, 1, 1), (1, 33, 2), (20, 64, 1), (7, 31, 1), (16, 64, 0)])
 def test_odd_heads(shape):
     """State channels that do not fill a panel, or fill more than one; widths below a panel."""
     channels, width, depth = shape

@@ -109,7 +109,7 @@ class Weights:
         self._blocks = PackedLinears(blocks, storage)
         self._modulation = PackedLinears([modulation], storage)
         self._small = PackedLinears(small, torch.float32)
-        *self._time, self._condition, input_layer, output_layer = self._small.layers
+        _, _, self._condition, input_layer, output_layer = self._small.layers
         self.native = _C.MlpWeights(
             channels=spec.in_channels,
             width=spec.width,
@@ -121,19 +121,20 @@ class Weights:
             second=self._blocks.layers[1::2],
             output=output_layer,
         )
-        self._time_table = functools.lru_cache(mlp.TIME_TABLES_KEPT)(self._embed_times)
+        self._time_table = functools.lru_cache(mlp.TIME_TABLES_KEPT)(functools.partial(_embed_times, self._small))
 
     def time_table(self, table: StepTable) -> Tensor:
         """time_embed of every step, [T, padded width]; kept for the grids used last (H1)."""
         return self._time_table(tuple(table.t.tolist()))
 
-    def _embed_times(self, t: tuple[float, ...]) -> Tensor:
-        features = mlp.frequencies(torch.tensor(t, dtype=torch.float64))
-        return linear(self._time[1], linear(self._time[0], features, silu=True))
-
     def embed_conditions(self, z: Tensor) -> Tensor:
         """cond_embed(z), [rows, padded width]."""
         return linear(self._condition, z)
+
+
+def _embed_times(small: PackedLinears, t: tuple[float, ...]) -> Tensor:
+    features = mlp.frequencies(torch.tensor(t, dtype=torch.float64))
+    return linear(small.layers[1], linear(small.layers[0], features, silu=True))
 
 
 class PackedLinears:
@@ -149,8 +150,8 @@ class PackedLinears:
             linears, shapes, self._panels.split([columns * k for columns, k in shapes]), strict=True
         ):
             padded = F.pad(weight, (0, k - weight.shape[1], 0, columns - weight.shape[0]))
-            panels.view(-1, k // pair, _C.PANEL, pair).copy_(padded.view(-1, _C.PANEL, k // pair, pair).transpose(1, 2))
-            self._biases.append(F.pad(bias, (0, columns - len(bias))))
+            panels.view(-1, k // pair, _C.PANEL, pair).copy_(padded.reshape(-1, _C.PANEL, k // pair, pair).transpose(1, 2))
+            self._biases.append(F.pad(bias, (0, columns - len(bias))).contiguous())
             self.layers.append(
                 _C.Linear(
                     panels=panels.data_ptr(),
