@@ -13,7 +13,7 @@ constexpr int kPanel = 32;
 
 // Products are summed over this many k on their own and then added to the total, whatever the number of rows: this keeps the
 // rounding error of a long sum down, and it is what makes a row's bits independent of the rows beside it.
-constexpr int kBlockK = 256;
+constexpr int kBlockK = 128;
 
 // The most rows of one call of linear_panel: their blocks of input, and a block of the panel, stay in the level-2 cache.
 constexpr int kTaskRows = 112;

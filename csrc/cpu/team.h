@@ -17,7 +17,7 @@ namespace disa_fast::cpu {
 // that went on spinning would take the core from the one that it waits for, where other programs keep the machine busy.
 class Barrier {
  public:
-  // Returns when `count` threads, the same number at every call, have come.
+  // Returns when `count` threads have come; all who meet say the same number.
   void wait(int count);
 
  private:
