@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast -type f -not -path '*/__pycache__/*')
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
@@ -25,17 +26,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# The CPU core under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer, which cannot follow a fork.
+# The CPU core under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 sanitize: $(INSTALLED)
-	$(call sanitized,address,undefined)
-	build/address/mlp_denoise_test
-	$(call sanitized,thread)
-	build/thread/mlp_denoise_test no-fork
-
-sanitized = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDISA_FAST_PYTHON=OFF \
-	-DDISA_FAST_TESTS=ON -DDISA_FAST_SANITIZE=$(1)$(if $(2),$(comma)$(2)) >build/$(1).log && \
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/$(1)
-comma := ,
+	for kind in address,undefined thread; do \
+		cmake -S . -B build/$$kind -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDISA_FAST_PYTHON=OFF -DDISA_FAST_TESTS=ON \
+			-DDISA_FAST_SANITIZE=$$kind && cmake --build build/$$kind && build/$$kind/mlp_denoise_test || exit 1; \
+	done
 
 # Writes bench/results/cpu.json; look at the ratios, never at the times of another machine.
 bench: $(INSTALLED)
@@ -45,7 +41,7 @@ bench: $(INSTALLED)
 wheel: $(INSTALLED)
 	rm -rf dist build
 	DISA_FAST_REQUIRE_NATIVE=1 $(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist build/wheel/*.whl
+	auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
