@@ -6,7 +6,6 @@ in registers. Against these stands the floor of a step: for the products of the 
 the time to read the weights and the time to multiply them; the sum of both.
 """
 
-import math
 import statistics
 import subprocess
 import sys
@@ -16,9 +15,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from disa_fast import Linear, MLPHead, solvers
+from disa_fast import _C, Linear, MLPHead, solvers
 from disa_fast.backends import cpu
 from disa_fast.heads.mlp import MLPSpec
+from disa_fast.models.mar import still_masked_after
+from disa_fast.solvers import StepTable
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own
 
@@ -38,9 +39,9 @@ def head(request) -> MLPHead:
     return MLPHead.from_state_dict({name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()})
 
 
-def guided_call(head: MLPHead, rows: int, steps: int) -> Callable[..., torch.Tensor]:
-    """A guided call; noise is given, so that drawing it is not timed. The table may have fewer steps: those after the clip."""
-    z, table = torch.randn(rows, Z_CHANNELS), solvers.ddpm(steps)
+def guided_call(head: MLPHead, rows: int, table: StepTable) -> Callable[..., torch.Tensor]:
+    """A guided call; noise is given, so that drawing it is not timed."""
+    z = torch.randn(rows, Z_CHANNELS)
     noise, step_noise = torch.randn(rows // 2, 16), torch.randn(len(table), rows // 2, 16)
     return lambda **how: head.denoise(z, table, cfg=3.0, noise=noise, step_noise=step_noise, **how)
 
@@ -100,10 +101,12 @@ class Limits:
     def __call__(self) -> None:
         for name, dtype in STORAGE.items():
             size = self.loop_weights * dtype.itemsize
-            read = [seconds(lambda size=size: cpu.read_memory(self.memory, size)) for _ in range(3)]
+            read = [
+                seconds(lambda size=size: _C.read_memory(self.memory.data_ptr(), size, self.isa, self.threads)) for _ in range(3)
+            ]
             self.samples[name].append(size / read[-1])
         start = time.perf_counter()
-        done = cpu.multiply_add(1_000_000)
+        done = _C.multiply_add(1_000_000, self.isa, self.threads)
         self.samples["multiply-add"].append(2 * done / (time.perf_counter() - start))
 
     def report(self, name: str, rows: int, steps: int, step_seconds: float) -> dict[str, float]:
@@ -126,8 +129,9 @@ class Limits:
 @pytest.mark.parametrize("rows", ROWS)
 def test_step(benchmark, head, rows, capsys):
     """Time of a denoising step, rows guided."""
-    steps = STEPS.get(rows, 10)
-    fs = ways(head, guided_call(head, rows, steps))
+    table = solvers.ddpm(STEPS.get(rows, 10))
+    steps = len(table)
+    fs = ways(head, guided_call(head, rows, table))
     expected = fs["eager"]()
     for name, f in fs.items():
         error = float((f() - expected).norm() / expected.norm())
@@ -170,10 +174,10 @@ def test_step(benchmark, head, rows, capsys):
 
 
 def iterations(tokens: int = 256, count: int = 64) -> Iterator[tuple[int, int]]:
-    """(tokens drawn, steps) of every AR iteration of one image in DiSA's setting: MAR's cosine schedule, 50 steps down to 5."""
+    """(tokens drawn, steps) of every AR iteration of one image in DiSA's setting, 50 steps down to 5."""
     schedule, masked = Linear(50, 5), tokens
     for k in range(count):
-        left = max(1, min(masked - 1, math.floor(tokens * math.cos(math.pi / 2 * (k + 1) / count)))) if k < count - 1 else 0
+        left = still_masked_after(k, count, tokens, masked) if k < count - 1 else 0
         yield masked - left, schedule(k, count)
         masked = left
 
@@ -181,7 +185,7 @@ def iterations(tokens: int = 256, count: int = 64) -> Iterator[tuple[int, int]]:
 @pytest.mark.parametrize("head", ["MAR-L"], indirect=True)
 def test_image(benchmark, head, capsys):
     """The head's part of one image: 64 AR iterations with guidance."""
-    calls = [guided_call(head, 2 * drawn, steps) for drawn, steps in iterations()]
+    calls = [guided_call(head, 2 * drawn, solvers.ddpm(steps)) for drawn, steps in iterations()]
 
     def run(**how) -> None:
         for call in calls:
@@ -202,7 +206,7 @@ def test_image(benchmark, head, capsys):
 @pytest.mark.parametrize("rows", [2, 8, 32])
 def test_beside_busy_neighbours(benchmark, head, rows, capsys):
     """How much slower a call gets when every core has another program that never rests: about 2x is its fair share."""
-    run, slower = guided_call(head, rows, 10), {}
+    run, slower = guided_call(head, rows, solvers.ddpm(10)), {}
     for backend in ("hoisted", "cpu"):
         run(backend=backend)
         alone = statistics.median(seconds(lambda backend=backend: run(backend=backend)) for _ in range(20))

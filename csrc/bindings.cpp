@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/mlp_denoise.h"
 #include "cpu/probe.h"
 #include "cpu/team.h"
@@ -22,9 +23,9 @@ T* pointer(uintptr_t address) {
 }
 
 const cpu::Kernels& kernels_named(const std::string& isa) {
-  const cpu::Kernels* kernels = cpu::kernels_for(isa.empty() ? nullptr : isa.c_str());
-  if (!kernels) throw py::value_error("isa: expected one of " + std::string(cpu::kernel_names()) + ", got " + isa);
-  return *kernels;
+  for (const cpu::Kernels* kernels : cpu::kernels_here())
+    if (isa == kernels->name) return *kernels;
+  throw py::value_error("isa: expected one of isas(), got " + isa);
 }
 
 }  // namespace
@@ -32,7 +33,13 @@ const cpu::Kernels& kernels_named(const std::string& isa) {
 PYBIND11_MODULE(_C, m) {
   m.attr("PANEL") = cpu::kPanel;
   m.def(
-      "isas", [] { return std::string(cpu::kernel_names()); }, "Instruction sets that this processor has kernels for, best first.");
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const cpu::Kernels* kernels : cpu::kernels_here()) names.push_back(kernels->name);
+        return names;
+      },
+      "Instruction sets that this processor has kernels for, best first.");
 
   py::class_<cpu::Linear>(m, "Linear")
       .def(py::init([](uintptr_t panels, uintptr_t bias, int k, int columns, bool bfloat16) {
@@ -44,12 +51,12 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("columns", &cpu::Linear::columns);
 
   py::class_<cpu::MlpWeights>(m, "MlpWeights")
-      .def(py::init([](int channels, int width, int padded, float eps, const cpu::Linear& modulation, const cpu::Linear& input,
+      .def(py::init([](int channels, int width, float eps, const cpu::Linear& modulation, const cpu::Linear& input,
                        std::vector<cpu::Linear> first, std::vector<cpu::Linear> second, const cpu::Linear& output) {
-             return cpu::MlpWeights{channels, width, padded, eps, modulation, input, std::move(first), std::move(second), output};
+             return cpu::MlpWeights{channels, width, eps, modulation, input, std::move(first), std::move(second), output};
            }),
-           py::arg("channels"), py::arg("width"), py::arg("padded"), py::arg("eps"), py::arg("modulation"), py::arg("input"),
-           py::arg("first"), py::arg("second"), py::arg("output"));
+           py::arg("channels"), py::arg("width"), py::arg("eps"), py::arg("modulation"), py::arg("input"), py::arg("first"),
+           py::arg("second"), py::arg("output"));
 
   m.def(
       "mlp_denoise",

@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/probe.h"
 #include "cpu/team.h"
 
@@ -101,7 +102,7 @@ struct Head {
     modulation = std::make_unique<Layer>((3 * depth + 2) * padded, width, storage, random, 0.5f);
     input = std::make_unique<Layer>(width, channels, Storage::float32, random);
     output = std::make_unique<Layer>(2 * channels, width, Storage::float32, random);
-    weights = {channels, width, padded, 1e-6f, modulation->packed, input->packed, {}, {}, output->packed};
+    weights = {channels, width, 1e-6f, modulation->packed, input->packed, {}, {}, output->packed};
     for (int i = 0; i < depth; ++i) {
       weights.first.push_back(first[i].packed);
       weights.second.push_back(second[i].packed);
@@ -261,11 +262,8 @@ void test_probes(const Kernels& kernels) {
 }  // namespace
 
 int main() {
-  const std::string names = kernel_names();
-  for (size_t from = 0; from < names.size();) {
-    const size_t end = std::min(names.find(' ', from), names.size());
-    const std::string name = names.substr(from, end - from);
-    const Kernels& kernels = *kernels_for(name.c_str());
+  for (const Kernels* here : kernels_here()) {
+    const Kernels& kernels = *here;
     test_against_a_plain_loop(kernels);
     test_bits(kernels);
     test_callers_at_once(kernels);
@@ -273,7 +271,6 @@ int main() {
     test_after_fork(kernels);
 #endif
     test_probes(kernels);
-    std::printf("%s: good\n", name.c_str());
-    from = end + 1;
+    std::printf("%s: good\n", kernels.name);
   }
 }

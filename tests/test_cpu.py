@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from compare import assert_as_good_as
+from random_parameters import random_parameters
 from recorded import golden
 
 import disa_fast
@@ -30,13 +31,8 @@ native = pytest.mark.native
 
 @functools.lru_cache(2)
 def random_head(width: int, depth: int) -> MLPHead:
-    """Every parameter random; outputs of the size that a trained head has."""
-    generator = torch.Generator().manual_seed(width)
-    shapes = MLPSpec(16, width, depth, Z_CHANNELS).shapes()
-    sd = {
-        name: torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) == 2 else 0.1)
-        for name, shape in shapes.items()
-    }
+    """With outputs of the size that a trained head has."""
+    sd = random_parameters(MLPSpec(16, width, depth, Z_CHANNELS), seed=width)
     sd["final_layer.linear.weight"] *= 0.3
     return MLPHead.from_state_dict(sd)
 
@@ -61,7 +57,7 @@ class Call:
 
 
 def force(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    if isa not in cpu._C.isas().split():
+    if isa not in cpu._C.isas():
         pytest.skip(f"this processor has no {isa}")
     monkeypatch.setenv("DISA_FAST_CPU_ISA", isa)
 
@@ -184,6 +180,16 @@ def test_packed_weights_go_with_the_last_reference():
         assert not any(ref() for ref in packed)
     finally:
         gc.enable()
+
+
+@native
+def test_does_not_grow_with_calls():
+    call = Call(random_head(64, 1), 2, 2, 1.0)
+    call.head.refresh()
+    for steps in range(1, 301):
+        call.head.denoise(call.z, solvers.dpm_solver(steps), noise=call.noise, backend="cpu")
+    (packed,) = call.head._packed.values()
+    assert packed._time_table.cache_info().currsize == 256
 
 
 @native

@@ -45,8 +45,6 @@ inline float sum(Floats x) {
   return total;
 }
 
-inline float square_root(float x) { return __builtin_sqrtf(x); }
-
 // exp(x) to about one unit in the last place; 0 and infinity where float32 ends (a little early: below 2^-126 and above 2^127.5).
 inline Floats exponential(Floats x) {
   const Floats low = all(-87.3f), high = all(89.0f);
@@ -211,7 +209,7 @@ void normalize(const float* in, const float* shift, const float* scale, int widt
     }
   float square = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
   for (int j = whole; j < width; ++j) square += (in[j] - mean) * (in[j] - mean);
-  const float factor = 1.0f / square_root(square / width + eps);
+  const float factor = 1.0f / __builtin_sqrtf(square / width + eps);
 
   for (int j = 0; j < padded; j += kLanes) {
     const Floats normalized = (load(in + j) - mean) * factor;

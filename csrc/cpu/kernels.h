@@ -1,4 +1,4 @@
-// The arithmetic of the CPU core, compiled once per instruction set (kernels.cpp) and chosen at run time (kernels_for).
+// The arithmetic of the CPU core, compiled once per instruction set (kernels.cpp) and chosen at run time (isa.h).
 //
 // Member functions are always inlined: an out-of-line copy made for one instruction set would be shared by all the program.
 #pragma once
@@ -65,11 +65,5 @@ struct Kernels {
   float (*read_memory)(const void* data, size_t bytes);
   int64_t (*multiply_add)(int64_t rounds, float* sink);
 };
-
-// The kernels named, or the best that this processor has where name is null; null where it has none of that name.
-const Kernels* kernels_for(const char* name);
-
-// The names that kernels_for knows on this processor, best first, separated by spaces.
-const char* kernel_names();
 
 }  // namespace disa_fast::cpu

@@ -72,7 +72,7 @@ struct Finishing {
 
   Finishing(float* memory, const MlpWeights& w) {
     Arena arena(memory);
-    normalized = arena.matrix(2 * kFinishRows, stride_of(w.padded));
+    normalized = arena.matrix(2 * kFinishRows, stride_of(w.padded()));
     out = arena.matrix(2 * kFinishRows, w.output.columns);
     x = arena.matrix(kFinishRows, w.input.k);
     floats = arena.used();
@@ -90,7 +90,7 @@ struct Buffers {
 
   Buffers(float* memory, const MlpWeights& w, int rows, int steps, int threads) {
     Arena arena(memory);
-    const size_t stride = stride_of(w.padded);
+    const size_t stride = stride_of(w.padded());
     y = arena.matrix(size_t(steps) * rows, stride);
     modulation = arena.matrix(size_t(steps) * rows, stride_of(w.modulation.columns));
     h = arena.matrix(rows, stride);
@@ -124,38 +124,48 @@ class Loop {
  private:
   // Part p of the modulation of `step`: [rows, padded].
   Matrix part(int step, int p) const {
-    return {b_.modulation.row(size_t(step % steps_at_a_time_) * chunk_.rows) + size_t(p) * w_.padded, b_.modulation.stride};
+    return {b_.modulation.row(size_t(step % steps_at_a_time_) * chunk_.rows) + size_t(p) * w_.padded(), b_.modulation.stride};
   }
 
   const float* condition(int row) const {
     const int trajectory = row < chunk_.count ? row : row - chunk_.count + call_.trajectories;
-    return call_.conditions + size_t(chunk_.from + trajectory) * w_.padded;
+    return call_.conditions + size_t(chunk_.from + trajectory) * w_.padded();
   }
 
   void modulate(Member& member, int from, int steps) const {
     member.for_each(steps * chunk_.rows, [&](int i) {
-      const float* time = call_.times + size_t(from + i / chunk_.rows) * w_.padded;
-      kernels_.silu_sum(time, condition(i % chunk_.rows), w_.padded, b_.y.row(i));
+      const float* time = call_.times + size_t(from + i / chunk_.rows) * w_.padded();
+      kernels_.silu_sum(time, condition(i % chunk_.rows), w_.padded(), b_.y.row(i));
     });
     multiply(member, kernels_, w_.modulation, b_.y, steps * chunk_.rows, Epilogue::store, b_.modulation, {});
   }
 
+  // Row r of h, normalized and modulated; the scale lies behind the shift.
+  void normalize_row(int r, Matrix shift, float* out) const {
+    kernels_.normalize(b_.h.row(r), shift.row(r), shift.row(r) + w_.padded(), w_.width, w_.padded(), w_.eps, out);
+  }
+
   Matrix normalize(Member& member, Matrix shift) const {
-    const auto row = [&](Matrix out, int r) {
-      kernels_.normalize(b_.h.row(r), shift.row(r), shift.row(r) + w_.padded, w_.width, w_.padded, w_.eps, out.row(r));
-    };
     if (chunk_.rows <= kPrivateRows) {
       const Matrix own = b_.normalized.from(size_t(member.index) * chunk_.rows);
-      for (int r = 0; r < chunk_.rows; ++r) row(own, r);
+      for (int r = 0; r < chunk_.rows; ++r) normalize_row(r, shift, own.row(r));
       return own;
     }
-    member.for_each(chunk_.rows, [&](int r) { row(b_.normalized, r); });
+    member.for_each(chunk_.rows, [&](int r) { normalize_row(r, shift, b_.normalized.row(r)); });
     return b_.normalized;
   }
 
-  void start(Member& member) const {
+  // body(from, count) for some trajectories at a time.
+  template <class Body>
+  void for_each_few(Member& member, Body body) const {
     member.for_each(divide_up(chunk_.count, kFinishRows), [&](int i) {
-      const int from = i * kFinishRows, count = std::min(kFinishRows, chunk_.count - from);
+      const int from = i * kFinishRows;
+      body(from, std::min(kFinishRows, chunk_.count - from));
+    });
+  }
+
+  void start(Member& member) const {
+    for_each_few(member, [&](int from, int count) {
       for (int t = from; t < from + count; ++t) std::memset(b_.before.row(t), 0, w_.channels * sizeof(float));
       project_input(member, from, count);
     });
@@ -165,15 +175,10 @@ class Loop {
   void finish(Member& member, int step) const {
     const int halves = call_.guided ? 2 : 1;
     const Matrix shift = part(step, 3 * int(w_.first.size()));
-    member.for_each(divide_up(chunk_.count, kFinishRows), [&](int i) {
-      const int from = i * kFinishRows, count = std::min(kFinishRows, chunk_.count - from);
+    for_each_few(member, [&](int from, int count) {
       const Finishing own(b_.finishing.row(member.index), w_);
       for (int half = 0; half < halves; ++half)
-        for (int t = 0; t < count; ++t) {
-          const int r = half * chunk_.count + from + t;
-          kernels_.normalize(b_.h.row(r), shift.row(r), shift.row(r) + w_.padded, w_.width, w_.padded, w_.eps,
-                             own.normalized.row(half * count + t));
-        }
+        for (int t = 0; t < count; ++t) normalize_row(half * chunk_.count + from + t, shift, own.normalized.row(half * count + t));
       for (int panel = 0; panel < w_.output.panel_count(); ++panel)
         kernels_.linear_panel(w_.output, panel, own.normalized, halves * count, Epilogue::store, own.out, {});
       for (int t = 0; t < count; ++t) update(step, from + t, own.out.row(t), call_.guided ? own.out.row(count + t) : nullptr);
@@ -210,7 +215,7 @@ class Loop {
     for (int panel = 0; panel < w_.input.panel_count(); ++panel)
       kernels_.linear_panel(w_.input, panel, x, count, Epilogue::store, b_.h.from(from), {});
     if (call_.guided)
-      for (int t = from; t < from + count; ++t) std::memcpy(b_.h.row(chunk_.count + t), b_.h.row(t), w_.padded * sizeof(float));
+      for (int t = from; t < from + count; ++t) std::memcpy(b_.h.row(chunk_.count + t), b_.h.row(t), w_.padded() * sizeof(float));
   }
 
   const MlpDenoise& call_;
@@ -240,7 +245,7 @@ void mlp_denoise(const MlpDenoise& call, const Kernels& kernels, int threads) {
   const int steps = std::clamp<int>(int(kModulationFloats / (row_floats * halves * largest)), 1, call.steps.count);
 
   const double rows = double(halves) * largest;
-  const int members = useful_members(threads, (rows + 4) * 2.0 * w.padded * w.padded);
+  const int members = useful_members(threads, (rows + 4) * 2.0 * w.padded() * w.padded());
   const auto team = Team::borrow(threads);
   const auto buffers_in = [&](float* memory) { return Buffers(memory, w, halves * largest, steps, members); };
   const Buffers buffers = buffers_in(team->scratch(buffers_in(nullptr).floats));

@@ -12,12 +12,13 @@ namespace disa_fast::cpu {
 struct MlpWeights {
   int channels;  // of the state
   int width;
-  int padded;  // width, rounded up to a multiple of kPanel
-  float eps;   // of the layer norms
+  float eps;  // of the layer norms
   Linear modulation;
   Linear input;
   std::vector<Linear> first, second;  // of every block
   Linear output;                      // eps in columns [0, channels), v in [channels, 2 * channels)
+
+  int padded() const { return input.columns; }  // width, rounded up to a multiple of kPanel
 };
 
 // Step i, with (o, v) the network's output after guidance and o_before that of the step before:

@@ -79,7 +79,7 @@ def denoise(
 
 def instruction_set() -> str:
     """Which kernels run: the best that this processor has, or DISA_FAST_CPU_ISA. ValueError if that is not among them."""
-    available = _C.isas().split()
+    available = _C.isas()
     isa = os.environ.get("DISA_FAST_CPU_ISA") or available[0]
     if isa not in available:
         raise ValueError(f"DISA_FAST_CPU_ISA: expected one of {available} on this processor, got {isa!r}")
@@ -113,7 +113,6 @@ class Weights:
         self.native = _C.MlpWeights(
             channels=spec.in_channels,
             width=spec.width,
-            padded=padded,
             eps=mlp.LN_EPS,
             modulation=self._modulation.layers[0],
             input=input_layer,
@@ -178,16 +177,6 @@ def linear(layer: _C.Linear, x: Tensor, silu: bool = False) -> Tensor:
         threads=torch.get_num_threads(),
     )
     return out
-
-
-def read_memory(memory: Tensor, size: int) -> None:
-    """Reads the first `size` bytes once with all threads; for benchmarks to time."""
-    _C.read_memory(memory.data_ptr(), size, instruction_set(), torch.get_num_threads())
-
-
-def multiply_add(rounds: int) -> float:
-    """Multiplies and adds in the registers of all threads, and returns how many numbers that were; for benchmarks to time."""
-    return _C.multiply_add(rounds, instruction_set(), torch.get_num_threads())
 
 
 def empty(count: int, dtype: torch.dtype) -> Tensor:

@@ -41,8 +41,6 @@ def run_demo(
     classifier = Classifier.load()
     labels = labels_in_turn(classes, num_images)
     columns = columns_of([data.CLASSES[c] for c in classes])
-    head = model.head
-    backend = backends.choose(sampling.backend, head.spec, head.dtype, head.device, 2 * batch)
     constant = dataclasses.replace(sampling, schedule=f"constant:{BASELINE_STEPS}")
     steps = f"{BASELINE_STEPS} constant steps"
     plain = f"{steps}, plain PyTorch"
@@ -63,9 +61,10 @@ def run_demo(
     for row in rows:
         row["speed_up"] = rows[0]["seconds"] / row["seconds"]
 
+    head = model.head
     result = {
         "settings": {**vars(sampling), "schedule": str(sampling.schedule), "num_images": num_images, "seed": seed, "batch": batch},
-        "backend": backend,
+        "backend": backends.choose(sampling.backend, head.spec, head.dtype, head.device, 2 * batch),
         "machine": {"device": _device_name(head.device), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "date": datetime.date.today().isoformat(),
         "rows": rows,

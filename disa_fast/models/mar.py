@@ -31,6 +31,11 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+def still_masked_after(k: int, num_iter: int, tokens: int, masked: int) -> int:
+    """What iteration k leaves of `masked` tokens: the cosine schedule of MaskGIT. One fewer at least, and one until the last."""
+    return max(1, min(masked - 1, math.floor(tokens * math.cos(math.pi / 2 * (k + 1) / num_iter))))
+
+
 def mar(size: str | None = None, **kwargs) -> MAR:
     """A MAR with freshly initialised weights.
 
@@ -300,8 +305,7 @@ class MAR(nn.Module):
         doubled = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
         for k in tqdm(range(num_iter), desc="AR iterations", disable=not progress):
             z = self.decode(self.encode(doubled(tokens), doubled(masked), class_embedding), doubled(masked))
-            # Cosine schedule of MaskGIT: what stays masked after this iteration. At least one, until the last.
-            left = max(1, min(count - 1, math.floor(self.seq_len * math.cos(math.pi / 2 * (k + 1) / num_iter))))
+            left = still_masked_after(k, num_iter, self.seq_len, count)
             still_masked = self._masked(orders, left)
             chosen = masked if k == num_iter - 1 else masked & ~still_masked
             scale = 1 + (cfg - 1) * (self.seq_len - left) / self.seq_len if cfg_schedule == "linear" else cfg
