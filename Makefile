@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
-SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast -type f -not -path '*/__pycache__/*')
+SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast kernels -type f -not -path '*/__pycache__/*')
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 
 .PHONY: demo test lint format sanitize bench wheel clean
@@ -46,7 +46,7 @@ wheel: $(INSTALLED)
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf build
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt '.[demo,test,lint,native]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt '.[demo,test,lint,native,bench]'
 	touch $@
 
 clean:

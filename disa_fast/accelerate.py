@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, profiling
 from .errors import UnsupportedError
 from .heads import MLPHead
 from .schedule import Constant, Cosine, Linear, Schedule, TwoStage, as_schedule, steps_at
@@ -171,7 +171,8 @@ class Accelerated:
     ) -> Tensor:
         table = self._table_for(steps_at(self.schedule, step, ar_num_iter))
         self._steps[len(table)] += 1
-        return self.head.denoise(z, table, cfg=cfg, temperature=temperature, backend=self.backend)
+        with profiling.range(profiling.AR_STEP, step, ar_num_iter, len(table), len(z)):
+            return self.head.denoise(z, table, cfg=cfg, temperature=temperature, backend=self.backend)
 
     def _sample_counted(self, z: Tensor, temperature: float = 1.0, cfg: float | Tensor = 1.0) -> Tensor:
         if not hasattr(self._loop, "at"):  # called on its own, outside sample_tokens: as a first step

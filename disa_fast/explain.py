@@ -22,12 +22,13 @@ def explain(head_or_model: object, rows: int = 8) -> dict[str, object]:
         "dtype": str(head.dtype),
         "device": str(head.device),
         "backend": backends.choose(facts.get("backend", "auto"), head.spec, head.dtype, head.device, rows),
+        "graphs": head.graph_counters(),
         "why": {name: reason or backends.BACKENDS[name].about(head.dtype) for name, reason in why_not.items()},
         **{name: value for name, value in facts.items() if name != "backend"},
     }
     for name, value in facts.items():
         if isinstance(value, dict):
-            print(f"{name}:")
+            print(f"{name}:" if value else f"{name}: none")
             for key, text in value.items():
                 print(f"  {key}: {text}")
         else:

@@ -1,9 +1,20 @@
-"""Every test starts from one seed; tests marked `gpu` or `native` are skipped, with the reason, where there is no such thing."""
+"""Every test starts from one seed; tests marked `gpu`, `native` or `interpreter` are skipped, with the reason, where there is no
+such thing. Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be known before they are imported."""
+
+import os
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from disa_fast import backends
+
+if backends.triton.is_interpreted():
+    import interpreted
+
+    interpreted.repair()
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["gpu"] = "needs an NVIDIA GPU; torch sees none"
     if not backends.cpu.is_built():
         missing["native"] = "needs the native core, which this installation lacks; disa_fast.explain tells why"
+    if not backends.triton.is_interpreted():
+        missing["interpreter"] = "needs Triton in interpreter mode: TRITON_INTERPRET=1, which is the default where there is no GPU"
     for item in items:
+        if "interpreter" in item.keywords:  # NumPy says so where a GPU goes on silently
+            item.add_marker(pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"))
         for marker, reason in missing.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))

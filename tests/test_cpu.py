@@ -189,7 +189,7 @@ def test_does_not_grow_with_calls():
     for steps in range(1, 301):
         call.head.denoise(call.z, solvers.dpm_solver(steps), noise=call.noise, backend="cpu")
     (packed,) = call.head._packed.values()
-    assert packed._time_table.cache_info().currsize == 256
+    assert packed.time_table.cache_info().currsize == 256
 
 
 @native

@@ -2,13 +2,14 @@
 
 A backend is one module with
 
-    refuses(spec, dtype, device, rows) -> str | None      None: it can serve the call; else the reason why not
-    about(dtype) -> str                                   what runs then, for explain
-    denoise(head, z, table, cfg, temperature, noise, step_noise) -> Tensor
+    refuses(spec, dtype, device, rows, batch_invariant) -> str | None      None: it can serve the call; else the reason why not
+    about(dtype) -> str                                                    what runs then, for explain
+    captures() -> bool                                                     whether it keeps a CUDA graph for each shape of a call
+    denoise(head, z, table, cfg, temperature, noise, step_noise, batch_invariant) -> Tensor
 
 where noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is [n, z_channels],
 or [2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as they come and
-knows no solver.
+knows no solver. batch_invariant: a row's bits may not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import UnsupportedError
-from . import cpu, hoisted, reference
+from . import cpu, hoisted, reference, triton
 
 if TYPE_CHECKING:
     from ..heads.mlp import MLPSpec
 
-BACKENDS = {"cpu": cpu, "hoisted": hoisted, "reference": reference}  # fastest first
+BACKENDS = {"triton": triton, "cpu": cpu, "hoisted": hoisted, "reference": reference}
 
 
-def survey(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> dict[str, str | None]:
-    """Each backend's answer to a call like this: None if it can serve it, else why not."""
-    return {name: backend.refuses(spec, dtype, device, rows) for name, backend in BACKENDS.items()}
+def survey(
+    spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False
+) -> dict[str, str | None]:
+    """Each backend's answer to a call like this, the fastest first: None if it can serve it, else why not."""
+    fastest_first = sorted(BACKENDS, key=lambda name: name == "triton" and device.type == "cpu")  # interpreted there
+    return {name: BACKENDS[name].refuses(spec, dtype, device, rows, batch_invariant) for name in fastest_first}
 
 
-def choose(name: str, spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str:
+def choose(name: str, spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str:
     """The backend asked for, or under "auto" the fastest that can serve the call: a key of BACKENDS. UnsupportedError if none."""
-    why_not = survey(spec, dtype, device, rows)
+    why_not = survey(spec, dtype, device, rows, batch_invariant)
     able = [backend for backend, reason in why_not.items() if reason is None]
     if name == "auto":
         if not able:

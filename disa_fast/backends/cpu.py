@@ -40,7 +40,7 @@ def about(dtype: torch.dtype) -> str:
     return f"C++ kernels for {instruction_set()}, {torch.get_num_threads()} threads, weights stored in {STORAGE[dtype]}"
 
 
-def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str | None:
+def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str | None:
     if not is_built():
         return f"not part of this installation ({_why_not_built()}); install a C++ compiler, then disa_fast anew"
     if device.type != "cpu":
@@ -50,8 +50,19 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) 
     return None
 
 
+def captures() -> bool:
+    return False
+
+
 def denoise(
-    head: MLPHead, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
+    head: MLPHead,
+    z: Tensor,
+    table: StepTable,
+    cfg: float,
+    temperature: float,
+    noise: Tensor,
+    step_noise: Tensor | None,
+    batch_invariant: bool,
 ) -> Tensor:
     storage = STORAGE[z.dtype]
     w = head.packed(f"cpu, stored in {storage}", torch.float32, functools.partial(Weights, storage=storage))
@@ -120,20 +131,16 @@ class Weights:
             second=self._blocks.layers[1::2],
             output=output_layer,
         )
-        self._time_table = functools.lru_cache(mlp.TIME_TABLES_KEPT)(functools.partial(_embed_times, self._small))
-
-    def time_table(self, table: StepTable) -> Tensor:
-        """time_embed of every step, [T, padded width]; kept for the grids used last (H1)."""
-        return self._time_table(tuple(table.t.tolist()))
+        self.time_table = mlp.TimeTables(functools.partial(_embed_times, self._small), torch.device("cpu"))
 
     def embed_conditions(self, z: Tensor) -> Tensor:
         """cond_embed(z), [rows, padded width]."""
         return linear(self._condition, z)
 
 
-def _embed_times(small: PackedLinears, t: tuple[float, ...]) -> Tensor:
-    features = mlp.frequencies(torch.tensor(t, dtype=torch.float64))
-    return linear(small.layers[1], linear(small.layers[0], features, silu=True))
+def _embed_times(small: PackedLinears, t: Tensor) -> Tensor:
+    """[T] -> [T, padded width]"""
+    return linear(small.layers[1], linear(small.layers[0], mlp.frequencies(t), silu=True))
 
 
 class PackedLinears:

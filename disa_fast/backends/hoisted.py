@@ -26,12 +26,23 @@ def about(dtype: torch.dtype) -> str:
     return "plain PyTorch, with everything that does not depend on the state taken out of the loop"
 
 
-def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str | None:
-    return None
+def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str | None:
+    return "a library's matrix products, picked by size, are not batch-invariant" if batch_invariant else None
+
+
+def captures() -> bool:
+    return False
 
 
 def denoise(
-    head: MLPHead, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
+    head: MLPHead,
+    z: Tensor,
+    table: StepTable,
+    cfg: float,
+    temperature: float,
+    noise: Tensor,
+    step_noise: Tensor | None,
+    batch_invariant: bool,
 ) -> Tensor:
     w = head.hoisted(z.dtype)
     times = w.time_table(table)

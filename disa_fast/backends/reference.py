@@ -17,12 +17,23 @@ def about(dtype: torch.dtype) -> str:
     return "plain PyTorch, the network at every step as the formulas read"
 
 
-def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int) -> str | None:
-    return None
+def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str | None:
+    return "a library's matrix products, picked by size, are not batch-invariant" if batch_invariant else None
+
+
+def captures() -> bool:
+    return False
 
 
 def denoise(
-    head: MLPHead, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
+    head: MLPHead,
+    z: Tensor,
+    table: StepTable,
+    cfg: float,
+    temperature: float,
+    noise: Tensor,
+    step_noise: Tensor | None,
+    batch_invariant: bool,
 ) -> Tensor:
     network = head.network(z.dtype)
     times = torch.tensor(table.t, device=z.device)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
-from ..checks import check_shapes
-from ..solvers import StepTable
+from .. import backends, graphs, ops
+from ..checks import check_shapes, is_whole
+from ..schedule import Schedule, as_schedule, steps_at
+from ..solvers import DEFAULT_CLIP, Solver, StepTable, resolve
 
 FREQUENCIES = 256
 LN_EPS = 1e-6
@@ -223,6 +224,17 @@ def folded_modulation(p: Mapping[str, Tensor], spec: MLPSpec) -> tuple[Tensor, T
     return torch.cat(weights), torch.cat(biases)
 
 
+class TimeTables:
+    """time_embed of every step of a table, [T, width]: embed(t), t [T] float64 on `device`; kept for the grids used last (H1)."""
+
+    def __init__(self, embed: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self._of_grid = functools.lru_cache(TIME_TABLES_KEPT)(lambda t: embed(torch.tensor(t, dtype=torch.float64, device=device)))
+        self.cache_info = self._of_grid.cache_info
+
+    def __call__(self, table: StepTable) -> Tensor:
+        return self._of_grid(tuple(table.t.tolist()))
+
+
 class HoistedWeights:
     """A head's parameters laid out for the hoisted loop, in one dtype.
 
@@ -241,14 +253,7 @@ class HoistedWeights:
             for i in range(spec.depth)
         ]
         self.modulation = packed_linear(*folded_modulation(p, spec))
-        device = self.cond[0].device
-        self._time_table = functools.lru_cache(TIME_TABLES_KEPT)(
-            lambda t: embed_time(p, torch.tensor(t, dtype=torch.float64, device=device))
-        )
-
-    def time_table(self, table: StepTable) -> Tensor:
-        """time_embed of every step, [T, width]; kept for the grids used last (H1)."""
-        return self._time_table(tuple(table.t.tolist()))
+        self.time_table = TimeTables(functools.partial(embed_time, p), self.cond[0].device)
 
 
 class MLPHead:
@@ -292,6 +297,7 @@ class MLPHead:
         self._lock = threading.Lock()
         self._fingerprint: tuple = ()
         self._packed: dict[tuple[str, torch.dtype], Any] = {}
+        self._number = ops.register(self)
 
     def __getstate__(self) -> dict:
         return {"_net": self._net, "spec": self.spec}
@@ -337,6 +343,56 @@ class MLPHead:
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
+    def warmup(
+        self,
+        schedule: Schedule | str,
+        K: int,
+        rows: int | Iterable[int] | Callable[[int, int], int],
+        guided: bool = True,
+        solver: str | Solver = "ddpm",
+        clip: int | str | None = DEFAULT_CLIP,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        """Do ahead what the first calls of a generation would do: lay out weights, compile kernels, capture CUDA graphs.
+
+        schedule: T(k), a callable (k, K) -> int or its text form, over K autoregressive steps.
+        rows: of z in the calls to come, guidance included: one number, several (all taken with every T), or a callable
+            (k, K) -> rows.
+        guided: whether the calls will have cfg != 1. The rest as in `denoise`, solver and clip as in disa_fast.solvers.resolve.
+
+        Captures the largest first, so that all graphs share one block of memory; `disa_fast.explain` prints what there is. Draws
+        no random numbers. On backends without graphs one short call is all there is to do. Raises as `denoise` does.
+        """
+        schedule, table_for = as_schedule(schedule), resolve(solver, clip)
+        fixed = None if callable(rows) else [rows] if is_whole(rows) else list(rows)
+        wanted = [(k, number) for k in range(K) for number in ([rows(k, K)] if fixed is None else fixed)]
+        for _, number in wanted:
+            if not is_whole(number) or number < 1:
+                raise ValueError(f"rows: expected whole numbers of at least 1, got {number!r}")
+        shapes = {(steps_at(schedule, k, K), graphs.row_bucket(number)) for k, number in wanted}
+        largest_first = sorted(shapes, key=lambda shape: (shape[1], shape[0]), reverse=True)
+        device, dtype = self.device, self.dtype if dtype is None else dtype
+        chosen = {backends.choose(backend, self.spec, dtype, device, number, batch_invariant) for _, number in largest_first}
+        if not any(backends.BACKENDS[name].captures() for name in chosen):
+            largest_first = largest_first[-1:]
+        for steps, number in largest_first:
+            table, trajectories = table_for(steps), number // 2 if guided else number
+            z = torch.zeros(number, self.spec.z_channels, dtype=dtype, device=device)
+            noise = torch.zeros(trajectories, self.spec.in_channels, device=device)
+            step_noise = noise.expand(len(table), -1, -1) if table.draws else None
+            cfg = 2.0 if guided else 1.0
+            self.denoise(
+                z, table, cfg, noise=noise, step_noise=step_noise, backend=backend, dtype=dtype, batch_invariant=batch_invariant
+            )
+
+    def graph_counters(self) -> dict[str, int]:
+        """CUDA graphs of this head, as Graphs.counters says, over all dtypes; empty where none could be."""
+        with self._lock:
+            held = [packed.graphs.counters() for packed in self._packed.values() if hasattr(packed, "graphs")]
+        return {name: sum(counters[name] for counters in held) for name in held[0]} if held else {}
+
     @torch.no_grad()
     def denoise(
         self,
@@ -349,6 +405,7 @@ class MLPHead:
         generator: torch.Generator | None = None,
         backend: str = "auto",
         dtype: torch.dtype | None = None,
+        batch_invariant: bool = False,
     ) -> Tensor:
         """Draw one token for each row of conditions: the whole denoising loop.
 
@@ -363,11 +420,15 @@ class MLPHead:
             one seed gives one result; torch's global generator if None.
         backend: "auto", or a backend's name (`disa_fast.explain` lists them).
         dtype: of the network's arithmetic; the parameters' own if None. torch.autocast is not consulted.
+        batch_invariant: a row's result is bitwise the same whatever other rows share the call. `cpu` always is, `triton` up to 16
+            rows, and beyond by giving up the tiles and library products for many rows; the others cannot be.
 
         Returns [rows, in_channels], float64 if dtype is, else float32 (the state is kept in it). With guidance the second half
         is a copy of the first. Raises ValueError for shapes, dtypes, devices or values that do not fit, UnsupportedError
         for a backend that cannot serve the call.
         """
+        if torch.compiler.is_compiling() and generator is None:
+            return self._denoise_compiled(z, table, cfg, temperature, noise, step_noise, backend, dtype, batch_invariant)
         dtype = self.dtype if dtype is None else dtype
         cfg, temperature = _scalar("cfg", cfg), _scalar("temperature", temperature)
         self._check(z, table, cfg, temperature, dtype)
@@ -386,10 +447,40 @@ class MLPHead:
             _trajectory_rows(name, tensor, z, trajectories, lead, self.spec.in_channels, state_dtype)
             for name, tensor, lead in (("noise", drawn[0], ()), ("step_noise", drawn[1], (len(table),)))
         )
-        chosen = backends.choose(backend, self.spec, dtype, z.device, len(z))
+        chosen = backends.choose(backend, self.spec, dtype, z.device, len(z), batch_invariant)
         with torch.autocast(z.device.type, enabled=False):
-            x = backends.BACKENDS[chosen].denoise(self, z.to(dtype), table, cfg, temperature, noise, step_noise)
+            x = backends.BACKENDS[chosen].denoise(self, z.to(dtype), table, cfg, temperature, noise, step_noise, batch_invariant)
         return torch.cat([x, x]) if guided else x
+
+    def _denoise_compiled(
+        self,
+        z: Tensor,
+        table: StepTable,
+        cfg: float | Tensor,
+        temperature: float | Tensor,
+        noise: Tensor | None,
+        step_noise: Tensor | None,
+        backend: str,
+        dtype: torch.dtype | None,
+        batch_invariant: bool,
+    ) -> Tensor:
+        """What torch.compile traces: the operators of ops.py. Arguments are checked when they run."""
+        parameters = list(self._net.parameters())
+        columns = [torch.from_numpy(c) for c in (table.t, table.a, table.b, table.c, table.l0, table.l1, table.noisy)]
+        cfg, temperature = (
+            value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64) for value in (cfg, temperature)
+        )
+        state = torch.promote_types(parameters[0].dtype if dtype is None else dtype, torch.float32)
+        rows, steps, channels = z.shape[0], len(columns[0]), self.spec.in_channels
+        draw_start, draw_steps = noise is None, step_noise is None and table.draws
+        new = functools.partial(torch.empty, dtype=state, device=z.device)
+        if draw_start or draw_steps:
+            drawn = new(rows if draw_start else 0, channels), new(steps if draw_steps else 0, rows, channels)
+            ops.draw_noise(*drawn, cfg)
+            noise, step_noise = drawn[0] if draw_start else noise, drawn[1] if draw_steps else step_noise
+        return ops.mlp_denoise(
+            parameters, z, columns, cfg, temperature, noise, step_noise, self._number, backend, dtype, batch_invariant
+        )
 
     def _check(self, z: Tensor, table: StepTable, cfg: float, temperature: float, dtype: torch.dtype) -> None:
         if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != self.spec.z_channels:

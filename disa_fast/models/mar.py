@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import profiling
 from ..checks import is_whole
 from ..heads.mlp import Draw, MLPHead, MLPNet, MLPSpec, draw_noise
 from ..schedule import Schedule, as_schedule, steps_at
@@ -304,24 +305,26 @@ class MAR(nn.Module):
         masked, count = self._masked(orders, self.seq_len), self.seq_len
         doubled = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
         for k in tqdm(range(num_iter), desc="AR iterations", disable=not progress):
-            z = self.decode(self.encode(doubled(tokens), doubled(masked), class_embedding), doubled(masked))
             left = still_masked_after(k, num_iter, self.seq_len, count)
-            still_masked = self._masked(orders, left)
-            chosen = masked if k == num_iter - 1 else masked & ~still_masked
-            scale = 1 + (cfg - 1) * (self.seq_len - left) / self.seq_len if cfg_schedule == "linear" else cfg
+            last, table = k == num_iter - 1, table_for(steps_at(schedule, k, num_iter))
+            rows = len(class_embedding) * (count if last else count - left)
+            with profiling.range(profiling.AR_STEP, k, num_iter, len(table), rows):
+                z = self.decode(self.encode(doubled(tokens), doubled(masked), class_embedding), doubled(masked))
+                still_masked = self._masked(orders, left)
+                chosen = masked if last else masked & ~still_masked
+                scale = 1 + (cfg - 1) * (self.seq_len - left) / self.seq_len if cfg_schedule == "linear" else cfg
 
-            z = z[doubled(chosen)]
-            table = table_for(steps_at(schedule, k, num_iter))
-            noise = step_noise = None
-            if draw is not None:
-                state_dtype = torch.promote_types(tokens.dtype, torch.float32)
-                drawn = draw_noise(table, len(z), self.token_embed_dim, guided, draw, draw, state_dtype)
-                noise, step_noise = (None if tensor is None else tensor.to(z.device) for tensor in drawn)
-            drawn = self.head.denoise(
-                z, table, scale, temperature, noise=noise, step_noise=step_noise, generator=generator, backend=backend
-            )
-            tokens[chosen] = (drawn.chunk(2)[0] if guided else drawn).to(tokens.dtype)
-            masked, count = still_masked, left
+                z = z[doubled(chosen)]
+                noise = step_noise = None
+                if draw is not None:
+                    state_dtype = torch.promote_types(tokens.dtype, torch.float32)
+                    drawn = draw_noise(table, len(z), self.token_embed_dim, guided, draw, draw, state_dtype)
+                    noise, step_noise = (None if tensor is None else tensor.to(z.device) for tensor in drawn)
+                drawn = self.head.denoise(
+                    z, table, scale, temperature, noise=noise, step_noise=step_noise, generator=generator, backend=backend
+                )
+                tokens[chosen] = (drawn.chunk(2)[0] if guided else drawn).to(tokens.dtype)
+                masked, count = still_masked, left
         return self.unpatchify(tokens)
 
     def _batch_size(self, labels: Tensor | None, orders: Tensor | None, bsz: int | None) -> int:

@@ -1,0 +1,141 @@
+"""Compiles every shipped tile choice for GPUs that need not be there, and prints what each kernel takes: `make kernels`.
+
+Runs the real launch code of disa_fast/backends/triton.py on tensors without storage, with a driver that names an architecture and
+stops short of the launch. Registers and stack are read from the machine code: a stack means that registers spilled.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton's kernels are imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from disa_fast.backends import triton as backend
+from disa_fast.heads.mlp import MLPSpec
+from disa_fast.kernels.triton import tiles
+from disa_fast.kernels.triton.tiles import Tiles
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+WIDTHS = (1024, 1280, 1536)
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # that one program may have
+
+
+@dataclass(frozen=True)
+class Case:
+    architecture: str
+    dtype: str
+    width: int
+    rows: int
+    tiles: Tiles
+    guided: bool = True
+
+
+def shipped(widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
+    """Every heuristic tile choice for every architecture, and every tuned one for Hopper and later."""
+    for dtype, by_class in tiles.HEURISTIC.items():
+        for (rows, chosen), width, architecture in itertools.product(by_class.items(), widths, ARCHITECTURES):
+            yield Case(architecture, dtype, width, min(rows, 2048), chosen)
+    for by_dtype in tiles.tuned().values():
+        for dtype, by_width in by_dtype.items():
+            for width, by_class in by_width.items():
+                for rows, fields in by_class.items():
+                    yield Case("sm_90", dtype, int(width), min(int(rows), 2048), Tiles.from_dict(fields))
+
+
+class _NoDevice:
+    """Stands in for Triton's driver."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_case(case: Case) -> list[dict]:
+    """What each kernel of a loop of this shape takes: registers a thread, bytes of stack and of shared memory, and to compile."""
+    compiled, rows = {}, case.rows
+    run = triton.JITFunction.run
+    dtype = getattr(torch, case.dtype)
+    spec = MLPSpec(16, case.width, 1, 1024)
+    with torch.device("meta"):
+        w = backend.Weights({name: torch.empty(shape, dtype=dtype) for name, shape in spec.shapes().items()}, spec)
+    shape = backend.Shape(1, rows, case.guided, True, case.tiles, "ieee")
+
+    def record(self, *arguments, grid, warmup, **keywords):
+        start = time.perf_counter()
+        kernel = run(self, *arguments, grid=grid, warmup=True, **keywords)
+        if kernel.hash not in compiled:
+            compiled[kernel.hash] = (self.__name__, kernel, time.perf_counter() - start)
+
+    device_caches = [kernel.device_caches for kernel in vars(backend).values() if isinstance(kernel, triton.JITFunction)]
+    for caches in device_caches:
+        caches.clear()
+    driver.set_active(_NoDevice(ARCHITECTURES[case.architecture]))
+    triton.JITFunction.run = record
+    try:
+        buffers = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in backend.layout(w, shape).items()}
+        backend.loop(w, shape, buffers)
+    finally:
+        triton.JITFunction.run = run
+    return [
+        {"kernel": name, **_resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "seconds": round(seconds, 2)}
+        for name, kernel, seconds in compiled.values()
+    ]
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return {name.lower(): int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--json", type=Path, help="also write everything there")
+    options = parser.parse_args()
+    cases, bad, everything = list(shipped(tuple(options.widths))), 0, []
+    print(f"{'':8}{'dtype':9} width  rows  {'kernel':24} registers stack shared  s")
+    with ProcessPoolExecutor() as pool:
+        for case, kernels in zip(cases, pool.map(compile_case, cases), strict=True):
+            for k in kernels:
+                bad += k["stack"] > 0 or k["shared"] > SHARED_BYTES[case.architecture]
+                everything.append({**vars(case), "tiles": case.tiles.as_dict(), **k})
+                print(
+                    f"{case.architecture:8}{case.dtype:9}{case.width:6}{case.rows:6}  {k['kernel']:24} {k['reg']:9} {k['stack']:5} "
+                    f"{k['shared']:6} {k['seconds']:4.1f}",
+                    flush=True,
+                )
+    if options.json:
+        options.json.write_text(json.dumps(everything, indent=1))
+    print(f"{len(everything)} kernels, {bad} that spill or take more shared memory than there is")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Triton kernels on a GPU: two a block and one a step (kernels/triton), replayed as a CUDA graph for each shape of a call.
+
+The hoists of `hoisted`. Accumulation, residual stream, statistics of the layer norms and state are float32; weights, modulation and
+the operands of the matrix products are in the dtype asked for. Up to tiles.FEW rows, and under batch_invariant, a row's bits do
+not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import graphs
+from ..heads import mlp
+from ..kernels.triton import tiles
+from ..kernels.triton.tiles import Tile, Tiles
+from ..solvers import StepTable
+
+IS_INSTALLED = importlib.util.find_spec("triton") is not None
+if IS_INSTALLED:
+    import triton
+
+    from ..kernels.triton.adaln import adaln_kernel
+    from ..kernels.triton.adaln_linear import adaln_linear_kernel
+    from ..kernels.triton.gated_residual import gated_residual_kernel
+    from ..kernels.triton.input_projection import input_projection_kernel
+    from ..kernels.triton.linear import linear_kernel
+    from ..kernels.triton.sampler_step import sampler_step_kernel
+
+if TYPE_CHECKING:
+    from ..graphs import Buffers, Layout
+    from ..heads.mlp import MLPHead, MLPSpec
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+MODULATION_BYTES = 256 << 20
+ELEMENTWISE = {"BLOCK_M": 4, "BLOCK_K": 256}  # of adaln_kernel
+
+
+def is_interpreted() -> bool:
+    """TRITON_INTERPRET=1 from the start of the process: kernels run as Python, on CPU tensors."""
+    return IS_INSTALLED and not isinstance(linear_kernel, triton.JITFunction)
+
+
+def about(dtype: torch.dtype) -> str:
+    how = "in Triton's interpreter" if is_interpreted() else f"CUDA graphs {'on' if graphs.enabled() else 'off'}"
+    return f"Triton {triton.__version__} kernels, two a block, in {dtype} with float32 accumulation; {how}"
+
+
+def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str | None:
+    if not IS_INSTALLED:
+        return "Triton is not installed; pip install triton"
+    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
+        return f"runs on GPUs, not on {device} (there only in Triton's interpreter: TRITON_INTERPRET=1)"
+    if dtype not in DTYPES:
+        return f"computes in float32, bfloat16 or float16, not in {dtype}"
+    if spec.width % 16 or spec.z_channels % 16:
+        return f"needs width and z_channels that are multiples of 16, not {spec.width} and {spec.z_channels}"
+    return None
+
+
+def captures() -> bool:
+    return graphs.enabled()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides which kernels a call launches, with what; hence the key of its graph."""
+
+    steps: int
+    rows: int
+    guided: bool
+    noisy: bool
+    tiles: Tiles
+    precision: str
+
+    @property
+    def trajectories(self) -> int:
+        return self.rows // 2 if self.guided else self.rows
+
+    def __str__(self) -> str:
+        return f"T={self.steps} rows={self.rows} guided={self.guided} noisy={self.noisy}"
+
+
+def denoise(
+    head: MLPHead,
+    z: Tensor,
+    table: StepTable,
+    cfg: float,
+    temperature: float,
+    noise: Tensor,
+    step_noise: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    if len(z) == 0:
+        return noise.clone()
+    w = head.packed("triton", z.dtype, Weights)
+    guided = cfg != 1.0
+    times, steps = w.time_table(table), w.step_table(table)
+
+    def shape(rows: int) -> Shape:
+        chosen = tiles.choose(w.gpu, DTYPES[z.dtype], w.spec.width, min(rows, tiles.FEW) if batch_invariant else rows)
+        return Shape(len(table), rows, guided, step_noise is not None, chosen, _precision())
+
+    def fill(buffers: Buffers) -> None:
+        halves = 2 if guided else 1
+        for half, into in zip(z.chunk(halves), buffers["z"].chunk(halves), strict=True):
+            into[: len(half)].copy_(half)
+        buffers["times"].copy_(times)
+        buffers["steps"].copy_(steps)
+        buffers["x"][: len(noise)].copy_(noise)
+        if step_noise is not None:
+            buffers["noise"][:, : len(noise)].copy_(step_noise)
+        buffers["before"].zero_()
+        buffers["scalars"][0].fill_(cfg)
+        buffers["scalars"][1].fill_(temperature)
+
+    def result(buffers: Buffers) -> Tensor:
+        return buffers["x"][: len(noise)].clone()
+
+    with graphs.on_device(z.device):
+        padded = shape(graphs.row_bucket(len(z)))
+        out = w.graphs.run(padded, len(z), layout(w, padded), fill, functools.partial(loop, w, padded), result)
+        if out is None:
+            exact = shape(len(z))
+            buffers = graphs.allocate(layout(w, exact), z.device)
+            fill(buffers)
+            loop(w, exact, buffers)
+            out = buffers["x"]
+        return out
+
+
+class Weights:
+    """A head's parameters in one dtype, as the kernels read them, and the graphs captured over them."""
+
+    def __init__(self, p: Mapping[str, Tensor], spec: MLPSpec) -> None:
+        def layer(name: str) -> tuple[Tensor, Tensor]:
+            return p[name + ".weight"].contiguous(), p[name + ".bias"].contiguous()
+
+        self.spec = spec
+        self.cond, self.input, self.output = (layer(name) for name in ("cond_embed", "input_proj", "final_layer.linear"))
+        self.blocks = [tuple(layer(f"res_blocks.{i}.mlp.{j}") for j in (0, 2)) for i in range(spec.depth)]
+        self.modulation = mlp.folded_modulation(p, spec)
+        device = self.cond[0].device
+        self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+        self.graphs = graphs.Graphs(device)
+        self.time_table = mlp.TimeTables(functools.partial(mlp.embed_time, p), device)
+        self.step_table = functools.lru_cache(mlp.TIME_TABLES_KEPT)(functools.partial(_step_table, device=device))
+
+
+def _step_table(table: StepTable, device: torch.device) -> Tensor:
+    """[T, 8] float32, a row for each sampler_step: a, b, c, l0, l1, noisy, and two unused that keep rows aligned."""
+    unused = torch.zeros(len(table))
+    columns = [torch.tensor(getattr(table, name), dtype=torch.float32) for name in ("a", "b", "c", "l0", "l1", "noisy")]
+    return torch.stack([*columns, unused, unused], dim=1).to(device)
+
+
+def layout(w: Weights, shape: Shape) -> Layout:
+    """Every buffer of the loop: the inputs z, times, steps, scalars, noise and x, which becomes the result; then working space."""
+    spec, dtype = w.spec, w.cond[0].dtype
+    rows, n, width, channels = shape.rows, shape.trajectories, spec.width, spec.in_channels
+    chunk = min(shape.steps, max(1, MODULATION_BYTES // (rows * spec.modulation_width * dtype.itemsize)))
+    return {
+        "z": ((rows, spec.z_channels), dtype),
+        "times": ((shape.steps, width), dtype),
+        "steps": ((shape.steps, 8), torch.float32),
+        "scalars": ((2,), torch.float32),
+        "noise": ((shape.steps if shape.noisy else 0, n, channels), torch.float32),
+        "x": ((n, channels), torch.float32),
+        "before": ((n, channels), torch.float32),
+        "condition": ((rows, width), dtype),
+        "y": ((chunk, rows, width), dtype),
+        "modulation": ((chunk, rows, spec.modulation_width), dtype),
+        "h": ((rows, width), torch.float32),
+        "stats": ((rows, 2, triton.cdiv(width, shape.tiles.second.n)), torch.float32),
+        "m": ((0 if shape.tiles.fused else rows, width), dtype),
+        "u": ((rows, width), dtype),
+    }
+
+
+def loop(w: Weights, shape: Shape, b: Buffers) -> None:
+    """All steps, on the current stream and without a wait of the host. Reads the inputs, leaves the tokens in x."""
+    input_projection(w, shape, b)
+    linear(b["z"], *w.cond, b["condition"], shape, shape.tiles.modulation)
+    chunk = len(b["y"])
+    for start in range(0, shape.steps, chunk):
+        steps = range(start, min(start + chunk, shape.steps))
+        y, modulation = b["y"][: len(steps)], b["modulation"][: len(steps)]
+        torch.add(b["times"][steps.start : steps.stop, None], b["condition"], out=y)
+        F.silu(y, inplace=True)
+        linear(y.flatten(0, 1), *w.modulation, modulation.flatten(0, 1), shape, shape.tiles.modulation)
+        for i in steps:
+            for block in range(w.spec.depth):
+                first_half(w, shape, b, modulation[i - start], block)
+                second_half(w, shape, b, modulation[i - start], block)
+            sampler_step(w, shape, b, modulation[i - start], i)
+
+
+# One launch each ------------------------------------------------------------------------------------------------------
+
+
+def first_half(w: Weights, shape: Shape, b: Buffers, modulation: Tensor, block: int) -> None:
+    """u = silu(W1 (norm(h) * scale + shift) + b1)"""
+    (weight, bias), _ = w.blocks[block]
+    column, tile = 3 * block * w.spec.width, shape.tiles.first
+    if shape.tiles.fused:
+        adaln_linear_kernel[_grid(shape.rows, w.spec.width, tile)](
+            b["h"], b["stats"], modulation, weight, bias, b["u"], column, shape.rows, mlp.LN_EPS,
+            **_norm(w, shape), **_blocks(tile, shape),
+        )  # fmt: skip
+        return
+    grid = triton.cdiv(shape.rows, ELEMENTWISE["BLOCK_M"]), triton.cdiv(w.spec.width, ELEMENTWISE["BLOCK_K"])
+    adaln_kernel[grid](
+        b["h"], b["stats"], modulation, b["m"], column, shape.rows, mlp.LN_EPS,
+        **_norm(w, shape), **ELEMENTWISE, **_launch(shape),
+    )  # fmt: skip
+    linear(b["m"], weight, bias, b["u"], shape, tile, silu=True)
+
+
+def second_half(w: Weights, shape: Shape, b: Buffers, modulation: Tensor, block: int) -> None:
+    """h += gate * (W2 u + b2)"""
+    _, (weight, bias) = w.blocks[block]
+    tile = shape.tiles.second
+    gated_residual_kernel[_grid(shape.rows, w.spec.width, tile)](
+        b["u"], modulation, weight, bias, b["h"], b["stats"], (3 * block + 2) * w.spec.width, shape.rows,
+        WIDTH=w.spec.width, MODULATION=w.spec.modulation_width, **_blocks(tile, shape),
+    )  # fmt: skip
+
+
+def sampler_step(w: Weights, shape: Shape, b: Buffers, modulation: Tensor, step: int) -> None:
+    """(o, v) from h, x from those, and h of the next step from x."""
+    noise = b["noise"][step] if shape.noisy else b["x"]
+    sampler_step_kernel[(triton.cdiv(shape.trajectories, shape.tiles.step.m),)](
+        b["h"], b["stats"], modulation, *w.output, *w.input, b["x"], b["before"], noise, b["steps"][step], b["scalars"],
+        3 * w.spec.depth * w.spec.width, shape.trajectories, mlp.LN_EPS,
+        GUIDED=shape.guided, NOISY=shape.noisy, BLOCK_K=shape.tiles.step.k, **_norm(w, shape), **_state(w, shape),
+    )  # fmt: skip
+
+
+def input_projection(w: Weights, shape: Shape, b: Buffers) -> None:
+    """h of the first step from x."""
+    input_projection_kernel[(triton.cdiv(shape.trajectories, shape.tiles.step.m),)](
+        b["x"], *w.input, b["h"], b["stats"], shape.trajectories,
+        WIDTH=w.spec.width, TILE=shape.tiles.second.n, GUIDED=shape.guided, **_state(w, shape),
+    )  # fmt: skip
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, shape: Shape, tile: Tile | None, silu: bool = False) -> None:
+    """out = W x + bias, or silu of it; by the library where there is no tile."""
+    if tile is None:
+        torch.addmm(bias, x, weight.t(), out=out)
+        return
+    rows, (n, k) = len(x), weight.shape
+    linear_kernel[_grid(rows, n, tile)](x, weight, bias, out, rows, K=k, N=n, SILU=silu, **_blocks(tile, shape))
+
+
+def _grid(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
+    return triton.cdiv(rows, tile.m), triton.cdiv(columns, tile.n)
+
+
+def _norm(w: Weights, shape: Shape) -> dict[str, int]:
+    return {"WIDTH": w.spec.width, "MODULATION": w.spec.modulation_width, "TILE": shape.tiles.second.n}
+
+
+def _blocks(tile: Tile, shape: Shape) -> dict[str, object]:
+    sizes = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": shape.precision}
+    return sizes | {"num_warps": tile.warps, "num_stages": tile.stages} | _launch(shape)
+
+
+def _state(w: Weights, shape: Shape) -> dict[str, object]:
+    tile, channels = shape.tiles.step, w.spec.in_channels
+    sizes = {"BLOCK_T": tile.m, "BLOCK_C": max(16, triton.next_power_of_2(channels)), "BLOCK_N": max(tile.n, shape.tiles.second.n)}
+    how = {"PRECISION": shape.precision, "num_warps": tile.warps, "num_stages": tile.stages}
+    return sizes | {"CHANNELS": channels} | how | _launch(shape)
+
+
+def _launch(shape: Shape) -> dict[str, bool]:
+    options = {"PDL": True, "launch_pdl": True} if shape.tiles.pdl else {"PDL": False}
+    return options | {"enable_fp_fusion": True}
+
+
+def _precision() -> str:
+    """Of products of float32 operands; as torch.set_float32_matmul_precision has it for torch's own."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,0 +1,82 @@
+"""The denoising loop as operators of torch.library, which is how torch.compile sees it: one node.
+
+Eager calls go past them, since the boundary costs tens of microseconds. A head is named by a number here, because operators take
+tensors and plain values only; its parameters are arguments too, so that a compiled program orders a change of them before the call.
+"""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .solvers import StepTable
+
+if TYPE_CHECKING:
+    from .heads.mlp import MLPHead
+
+_heads: "weakref.WeakValueDictionary[int, MLPHead]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(head: "MLPHead") -> int:
+    """The number by which the operators know this head as long as it lives."""
+    number = next(_numbers)
+    _heads[number] = head
+    return number
+
+
+@torch.library.custom_op("disa_fast::mlp_denoise", mutates_args=())
+def mlp_denoise(
+    parameters: Sequence[Tensor],
+    z: Tensor,
+    columns: Sequence[Tensor],
+    cfg: Tensor,
+    temperature: Tensor,
+    noise: Tensor,
+    step_noise: Optional[Tensor],  # noqa: UP045, torch reads these annotations
+    head: int,
+    backend: str,
+    dtype: Optional[torch.dtype],  # noqa: UP045
+    batch_invariant: bool,
+) -> Tensor:
+    """MLPHead.denoise with all noise given. columns: those of a StepTable; cfg, temperature: one element; head: its number."""
+    table = _table(tuple(column.numpy().tobytes() for column in columns), step_noise is not None)
+    return _heads[head].denoise(
+        z, table, cfg, temperature, noise, step_noise, backend=backend, dtype=dtype, batch_invariant=batch_invariant
+    )
+
+
+@mlp_denoise.register_fake
+def _(parameters, z, columns, cfg, temperature, noise, step_noise, head, backend, dtype, batch_invariant):
+    state = torch.promote_types(parameters[0].dtype if dtype is None else dtype, torch.float32)
+    return z.new_empty((z.shape[0], noise.shape[1]), dtype=state)
+
+
+@torch.library.custom_op("disa_fast::draw_noise", mutates_args=("noise", "step_noise"))
+def draw_noise(noise: Tensor, step_noise: Tensor, cfg: Tensor) -> None:
+    """Fill [rows, channels] and [T, rows, channels] as heads.mlp.draw_noise draws them; either may be empty, and stays so.
+
+    Under guidance only the first half of `noise` is drawn, and counts. An operator of its own, and one that mutates, so that a
+    compiler never takes two draws for one.
+    """
+    if noise.numel():
+        start = noise[: len(noise) // 2] if float(cfg) != 1.0 else noise
+        start.copy_(torch.randn(start.shape, dtype=start.dtype))
+    for step in step_noise:
+        step.copy_(torch.randn_like(step))
+
+
+@draw_noise.register_fake
+def _(noise, step_noise, cfg):
+    pass
+
+
+@functools.lru_cache(1024)
+def _table(columns: tuple[bytes, ...], draws: bool) -> StepTable:
+    *numbers, noisy = columns
+    return StepTable("compiled", *(np.frombuffer(column) for column in numbers), np.frombuffer(noisy, bool), draws)

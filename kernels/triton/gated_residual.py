@@ -1,0 +1,37 @@
+"""Linear, gate and residual: the second half of a residual block."""
+
+import triton
+import triton.language as tl
+
+from .common import after_kernel_before, store_statistics
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated_residual_kernel(
+    x_ptr, modulation_ptr, weight_ptr, bias_ptr, h_ptr, stats_ptr, column, rows,
+    WIDTH: tl.constexpr, MODULATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h[r] += gate[r] * (W x[r] + bias), in place, and the statistics of the new h in tiles of BLOCK_N
+
+    x [rows, WIDTH]; modulation [rows, MODULATION], gate at `column`; weight [WIDTH, WIDTH], bias [WIDTH]; h [rows, WIDTH] and its
+    stats float32. One program owns [BLOCK_M, BLOCK_N] of h.
+    """
+    after_kernel_before(PDL)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = r < rows
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + r[:, None] * WIDTH + k[None, :], mask=live[:, None] & (k < WIDTH)[None, :], other=0.0)
+        mask = (k < WIDTH)[:, None] & (n < WIDTH)[None, :]
+        weight = tl.load(weight_ptr + n[None, :] * WIDTH + k[:, None], mask=mask, other=0.0)
+        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
+    sums += tl.load(bias_ptr + n, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
+    mask = live[:, None] & (n < WIDTH)[None, :]
+    gate = tl.load(modulation_ptr + column + r[:, None] * MODULATION + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = h_ptr + r[:, None] * WIDTH + n[None, :]
+    h = tl.load(at, mask=mask, other=0.0) + gate * sums
+    tl.store(at, h, mask=mask)
+    store_statistics(stats_ptr, h, r, live, tl.program_id(1), WIDTH, BLOCK_N)

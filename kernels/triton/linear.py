@@ -1,0 +1,34 @@
+"""A linear layer, with SiLU or without. Its bits do not depend on the number of rows, which a library's may."""
+
+import triton
+import triton.language as tl
+
+from .common import after_kernel_before, rounded
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, rows,
+    K: tl.constexpr, N: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[r] = W x[r] + bias, or silu of it
+
+    x [rows, K], weight [N, K], bias [N], out [rows, N], all of one dtype. One program owns [BLOCK_M, BLOCK_N] of out; neighbours
+    in launch order share the weights.
+    """
+    after_kernel_before(PDL)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = r < rows
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + r[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
+        weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
+    sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        sums *= tl.sigmoid(sums)
+    out = rounded(sums, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + r[:, None] * N + n[None, :], out, mask=live[:, None] & (n < N)[None, :])

@@ -1,0 +1,259 @@
+"""The Triton kernels one by one, and the loop that they make, in Triton's interpreter: against the formulas in float64."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_as_good_as, assert_close
+from random_parameters import random_parameters
+from recorded import golden, golden_cases
+from test_mlp_head import run_recorded
+
+from disa_fast import MLPHead, UnsupportedError, backends, solvers
+from disa_fast.backends import triton
+from disa_fast.heads.mlp import LN_EPS, MLPSpec
+from disa_fast.kernels.triton import tiles
+from disa_fast.kernels.triton.tiles import Tile, Tiles
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = Tiles(Tile(16, 16, 32, 2, 2), Tile(16, 32, 16, 2, 2), Tile(1, 32, 32, 2, 2), Tile(16, 32, 16, 2, 2), fused=True)
+APART = dataclasses.replace(SMALL, fused=False, step=Tile(16, 64, 16, 2, 2))
+GUARD = 7.0  # what lies behind every buffer, and must still lie there afterwards
+
+
+class Case:
+    """Weights and random buffers for one step of a head with one block, and the same in float64."""
+
+    def __init__(self, rows=5, width=48, channels=16, dtype=torch.float32, tiles=SMALL, guided=False, noisy=True):
+        spec = MLPSpec(channels, width, 1, 32)
+        parameters = {name: tensor.to(dtype) for name, tensor in random_parameters(spec, 0).items()}
+        self.w = triton.Weights(parameters, spec)
+        self.exact = triton.Weights({name: tensor.double() for name, tensor in parameters.items()}, spec)
+        self.shape = triton.Shape(1, rows, guided, noisy, tiles, "ieee")
+        self._arenas, self.b = {}, {}
+        for name, (shape, kind) in triton.layout(self.w, self.shape).items():
+            arena = torch.full((math.prod(shape) + 64,), GUARD, dtype=kind)
+            arena[: math.prod(shape)] = torch.randn(math.prod(shape))
+            self._arenas[name], self.b[name] = arena, arena[: math.prod(shape)].view(shape)
+        self.b["h"].mul_(3).add_(1)
+        self.b["stats"].copy_(statistics(self.b["h"].double(), tiles.second.n))
+        self.before = {name: tensor.double().clone() for name, tensor in self.b.items()}
+
+    def part(self, name: str) -> torch.Tensor:
+        """shift, scale or gate of the block, or shift or scale of the final layer (final_shift, final_scale)."""
+        names = ["shift", "scale", "gate", "final_shift", "final_scale"]
+        return self.before["modulation"][0].split(self.w.spec.width, dim=-1)[names.index(name)]
+
+    def modulated(self, shift: str, scale: str) -> torch.Tensor:
+        h = self.before["h"]
+        return F.layer_norm(h, h.shape[-1:], eps=LN_EPS) * self.part(scale) + self.part(shift)
+
+    def projected(self) -> torch.Tensor:
+        """h of the next step, from the x that is there: operands of a product are rounded, sums are not."""
+        h = F.linear(self.b["x"].to(self.w.input[0].dtype).double(), *self.exact.input)
+        return torch.cat([h, h]) if self.shape.guided else h
+
+    def check(self, worst: float, **expected: torch.Tensor) -> None:
+        """Those buffers as expected, `h` and its `stats` in float32, all others as before, and nothing written behind any."""
+        for name, tensor in self.b.items():
+            assert (self._arenas[name][tensor.numel() :] == GUARD).all(), f"written behind {name}"
+            if name == "stats" and "h" in expected:
+                truth = statistics(self.b["h"].double(), self.shape.tiles.second.n)
+                assert_close(tensor.double(), truth, worst=1e-5 * float(truth.abs().max()))
+            elif name in expected:
+                bound = (1e-5 if name == "h" else worst) * float(expected[name].abs().max())
+                assert_close(tensor.double(), expected[name], worst=bound)
+            else:
+                assert torch.equal(tensor.double(), self.before[name]), f"{name} has changed"
+
+
+def statistics(h: torch.Tensor, tile: int) -> torch.Tensor:
+    """[rows, 2, tiles]: mean and sum of squared deviations of every `tile` columns."""
+    parts = [(part.mean(dim=1), (part - part.mean(dim=1, keepdim=True)).square().sum(dim=1)) for part in h.split(tile, dim=1)]
+    return torch.stack([torch.stack(column, dim=1) for column in zip(*parts, strict=True)], dim=1)
+
+
+WORST = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+SIZES = pytest.mark.parametrize(("rows", "width"), [(1, 16), (2, 64), (5, 48), (16, 80), (17, 112)])
+
+
+@SIZES
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["fused", "apart"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_half(dtype, tiles, rows, width):
+    case = Case(rows, width, dtype=dtype, tiles=tiles)
+    m = case.modulated("shift", "scale")
+    (weight, bias), _ = case.exact.blocks[0]
+    triton.first_half(case.w, case.shape, case.b, case.b["modulation"][0], 0)
+    case.check(WORST[dtype], u=F.silu(F.linear(m, weight, bias)), **({} if tiles.fused else {"m": m}))
+
+
+@SIZES
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_second_half(dtype, rows, width):
+    case = Case(rows, width, dtype=dtype)
+    _, (weight, bias) = case.exact.blocks[0]
+    h = case.before["h"] + case.part("gate") * F.linear(case.before["u"], weight, bias)
+    triton.second_half(case.w, case.shape, case.b, case.b["modulation"][0], 0)
+    case.check(WORST[dtype], h=h)
+
+
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["one trajectory", "sixteen"])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("noisy", [True, False, None], ids=["noisy", "a step without", "a table without"])
+@pytest.mark.parametrize(
+    ("rows", "width", "channels", "dtype"), [(2, 64, 16, torch.bfloat16), (6, 48, 5, torch.float32), (34, 80, 16, torch.float16)]
+)
+def test_sampler_step(tiles, guided, noisy, rows, width, channels, dtype):
+    case = Case(rows, width, channels, dtype, tiles, guided, noisy is not None)
+    for name, value in (("steps", [0.9, -0.7, 0.3, -1.0, 0.5, float(bool(noisy)), 9, 9]), ("scalars", [2.5, 0.8])):
+        case.b[name].copy_(torch.tensor(value).expand_as(case.b[name]))
+        case.before[name] = case.b[name].double()
+    o, v = F.linear(case.modulated("final_shift", "final_scale"), *case.exact.output).split(channels, dim=-1)
+    if guided:
+        (o, o_u), v = o.chunk(2), v.chunk(2)[0]
+        o = o_u + 2.5 * (o - o_u)
+    x = 0.9 * case.before["x"] - 0.7 * o + 0.3 * case.before["before"]
+    if noisy:
+        x = x + torch.exp((-1.0 + 0.5 * v) / 2) * case.before["noise"][0] * 0.8
+    triton.sampler_step(case.w, case.shape, case.b, case.b["modulation"][0], 0)
+    case.check(WORST[dtype], x=x, before=o, h=case.projected())
+
+
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["one trajectory", "sixteen"])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_projection(dtype, guided, tiles):
+    case = Case(18, 80, dtype=dtype, tiles=tiles, guided=guided)
+    triton.input_projection(case.w, case.shape, case.b)
+    case.check(WORST[dtype], h=case.projected())
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 16, 16), (33, 48, 80), (16, 80, 48)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(dtype, rows, k, n, silu):
+    case = Case(dtype=dtype)
+    x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, k), (n, k), (n,)))
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    for tile in (SMALL.modulation, None):
+        out = torch.full((rows + 1, n), GUARD, dtype=dtype)
+        if tile is None and silu:
+            continue
+        triton.linear(x, weight, bias, out[:rows], case.shape, tile, silu)
+        assert_close(out[:rows].double(), F.silu(expected) if silu else expected, worst=WORST[dtype] * float(expected.abs().max()))
+        assert (out[rows:] == GUARD).all()
+
+
+# The whole loop --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("which", "stem", "case"), [c for c in golden_cases("mar_head") if c.values[0] == "slim" and c.values[2]["nominal"] <= 10]
+)
+def test_samples_as_recorded(which, stem, case):
+    out, truth = run_recorded(which, stem, case, torch.float32, "triton")
+    assert_close(out, truth, worst=max(1e-5, 10 * case["f32_vs_f64"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cfg"), [(12, 3.0), (12, 1.0), (72, 3.0)])
+def test_is_as_good_as_eager(dtype, rows, cfg):
+    recorded, table = golden("slim", "mar_head"), solvers.ddpm(4)
+    sd = {name: tensor.to(dtype) for name, tensor in recorded.state_dict().items()}
+    low, exact = MLPHead.from_state_dict(sd), MLPHead.from_state_dict({name: t.double() for name, t in sd.items()})
+    z = recorded["z/r10"][torch.randint(0, 10, (rows,))].to(dtype)
+    draws = {"cfg": cfg, "noise": torch.randn(rows, 16), "step_noise": torch.randn(4, rows, 16)}
+    ours, eager = (low.denoise(z, table, backend=name, **draws) for name in ("triton", "reference"))
+    assert_as_good_as(ours, eager, exact.denoise(z.double(), table, backend="reference", **draws), dtype)
+
+
+def test_float16_stays_finite_where_eager_does_not():
+    """A residual stream beyond 65504 is no trouble, since it is kept in float32, nor is a hidden activation there."""
+    sd = random_parameters(MLPSpec(16, 64, 2, 32), 0)
+    sd["res_blocks.0.mlp.2.bias"] += 60000.0
+    sd["res_blocks.0.adaLN_modulation.1.bias"][128:] = 50.0
+    sd["res_blocks.1.mlp.0.bias"][:3] = 60000.0
+    sd["res_blocks.1.mlp.0.weight"] *= 3000.0
+    sd["res_blocks.1.mlp.2.weight"][:, :3] *= 1e-4
+    head = MLPHead.from_state_dict({name: tensor.half() for name, tensor in sd.items()})
+    draws = {"z": torch.randn(4, 32).half(), "table": solvers.dpm_solver(3), "noise": torch.randn(4, 16)}
+    assert not head.denoise(backend="reference", **draws).isfinite().all()
+    assert head.denoise(backend="triton", **draws).isfinite().all()
+
+
+def test_modulation_in_chunks_is_the_same(monkeypatch):
+    head, call = MLPHead.from_state_dict(random_parameters(MLPSpec(16, 32, 1, 32), 0)), {"cfg": 3.0, "backend": "triton"}
+    call |= {"z": torch.randn(6, 32), "table": solvers.ddpm(5), "noise": torch.randn(3, 16), "step_noise": torch.randn(5, 3, 16)}
+    whole = head.denoise(**call)
+    monkeypatch.setattr(triton, "MODULATION_BYTES", 2 * 6 * head.spec.modulation_width * 4)
+    assert torch.equal(head.denoise(**call), whole)
+
+
+@pytest.mark.parametrize(("rows", "batch_invariant"), [(16, False), (34, True)])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours(rows, batch_invariant, cfg, dtype):
+    head = MLPHead.from_state_dict({name: t.to(dtype) for name, t in random_parameters(MLPSpec(16, 32, 1, 32), 0).items()})
+    n, table = rows // 2 if cfg != 1 else rows, solvers.ddpm(2)
+    z, noise, step_noise = torch.randn(rows, 32), torch.randn(n, 16), torch.randn(2, n, 16)
+
+    def run(some: list[int]) -> torch.Tensor:
+        both = [*some, *(n + i for i in some)] if cfg != 1 else some
+        draws = {"noise": noise[some], "step_noise": step_noise[:, some]}
+        return head.denoise(z[both], table, cfg, backend="triton", batch_invariant=batch_invariant, **draws)[: len(some)]
+
+    together = run(list(range(n)))
+    for some in ([n - 1], [3, 0, n - 2, 1, 2]):
+        assert torch.equal(run(some), together[some])
+
+
+# Choice ----------------------------------------------------------------------------------------------------------------
+
+
+def test_library_backends_refuse_to_be_batch_invariant():
+    head, z = MLPHead.from_state_dict(random_parameters(MLPSpec(16, 32, 1, 32), 0)), torch.randn(2, 32)
+    for backend in ("hoisted", "reference"):
+        with pytest.raises(UnsupportedError, match="picked by size, are not batch-invariant"):
+            head.denoise(z, solvers.ddpm(2), backend=backend, batch_invariant=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "device", "reason"),
+    [
+        (MLPSpec(16, 64, 1, 32), torch.float64, "cuda", "computes in float32, bfloat16 or float16, not in torch.float64"),
+        (MLPSpec(16, 72, 1, 32), torch.float32, "cuda", "multiples of 16, not 72 and 32"),
+        (MLPSpec(16, 64, 1, 32), torch.float32, "mps", "runs on GPUs, not on mps"),
+        (MLPSpec(16, 64, 1, 32), torch.bfloat16, "cuda", None),
+    ],
+)
+def test_refuses(spec, dtype, device, reason):
+    answer = triton.refuses(spec, dtype, torch.device(device), 8)
+    assert answer is None if reason is None else reason in answer
+
+
+def test_auto_takes_it_on_a_gpu_and_not_in_the_interpreter():
+    spec = MLPSpec(16, 64, 1, 32)
+    assert backends.choose("auto", spec, torch.bfloat16, torch.device("cuda"), 8) == "triton"
+    assert backends.choose("auto", spec, torch.bfloat16, torch.device("cpu"), 8) != "triton"
+
+
+def test_tuned_tiles_come_before_the_heuristic(monkeypatch, tmp_path):
+    table = {"NVIDIA X": {"bfloat16": {"1280": {"16": APART.as_dict()}}}}
+    (tmp_path / "tuned.json").write_text(json.dumps(table))
+    monkeypatch.setattr(tiles, "TUNED", tmp_path / "tuned.json")
+    for cache in (tiles.tuned, tiles.choose):
+        cache.cache_clear()
+    try:
+        assert tiles.choose("NVIDIA X", "bfloat16", 1280, 7) == APART
+        for other in (("NVIDIA Y", "bfloat16", 1280, 7), ("NVIDIA X", "float16", 1280, 7), ("NVIDIA X", "bfloat16", 1280, 17)):
+            assert tiles.choose(*other) == tiles.HEURISTIC[other[1]][tiles.row_class(other[3])]
+    finally:
+        monkeypatch.undo()
+        for cache in (tiles.tuned, tiles.choose):
+            cache.cache_clear()
