@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast kernels -type f -not -path '*/__pycache__/*')
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test lint format sanitize bench wheel clean
+.PHONY: demo test lint format sanitize kernels bench gpu-report wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/disa-fast demo
@@ -32,6 +32,14 @@ sanitize: $(INSTALLED)
 		cmake -S . -B build/$$kind -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDISA_FAST_PYTHON=OFF -DDISA_FAST_TESTS=ON \
 			-DDISA_FAST_SANITIZE=$$kind && cmake --build build/$$kind && build/$$kind/mlp_denoise_test || exit 1; \
 	done
+
+# Every Triton kernel that ships, compiled for three GPU architectures, none of which need be there.
+kernels: $(INSTALLED)
+	$(BIN)/python -m bench.compile_kernels
+
+# For a machine with a GPU, whose own python3 has torch and Triton; downloads nothing. See bench/gpu_report.py.
+gpu-report:
+	$(PYTHON) -m bench.gpu_report
 
 # Writes bench/results/cpu.json; look at the ratios, never at the times of another machine.
 bench: $(INSTALLED)

@@ -5,6 +5,7 @@ stops short of the launch. Registers and stack are read from the machine code: a
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -46,10 +47,13 @@ class Case:
 
 
 def shipped(widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
-    """Every heuristic tile choice for every architecture, and every tuned one for Hopper and later."""
+    """Every heuristic tile choice for every architecture, also with programmatic dependent launch where there is such a thing, and
+    every tuned one for Hopper."""
     for dtype, by_class in tiles.HEURISTIC.items():
         for (rows, chosen), width, architecture in itertools.product(by_class.items(), widths, ARCHITECTURES):
             yield Case(architecture, dtype, width, min(rows, 2048), chosen)
+            if rows == tiles.FEW and architecture != "sm_80":
+                yield Case(architecture, dtype, width, rows, dataclasses.replace(chosen, pdl=True))
     for by_dtype in tiles.tuned().values():
         for dtype, by_width in by_dtype.items():
             for width, by_class in by_width.items():
@@ -74,7 +78,8 @@ class _NoDevice:
 
 
 def compile_case(case: Case) -> list[dict]:
-    """What each kernel of a loop of this shape takes: registers a thread, bytes of stack and of shared memory, and to compile."""
+    """What each kernel of a loop of this shape takes: registers a thread, bytes of stack and of shared memory, seconds to compile;
+    and how often it waits for the kernel before it."""
     compiled, rows = {}, case.rows
     run = triton.JITFunction.run
     dtype = getattr(torch, case.dtype)
@@ -100,7 +105,13 @@ def compile_case(case: Case) -> list[dict]:
     finally:
         triton.JITFunction.run = run
     return [
-        {"kernel": name, **_resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "seconds": round(seconds, 2)}
+        {
+            "kernel": name,
+            **_resources(kernel.asm["cubin"]),
+            "shared": kernel.metadata.shared,
+            "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
+            "seconds": round(seconds, 2),
+        }
         for name, kernel, seconds in compiled.values()
     ]
 

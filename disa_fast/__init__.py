@@ -1,6 +1,6 @@
 """disa_fast: autoregressive image models with diffusion heads, made fast. See README.md."""
 
-from . import checkpoint, models, solvers
+from . import checkpoint, models, profiling, solvers
 from .accelerate import accelerate, restore
 from .errors import UnsupportedError
 from .explain import explain
@@ -20,6 +20,7 @@ __all__ = [
     "explain",
     "models",
     "parse_schedule",
+    "profiling",
     "restore",
     "solvers",
 ]

@@ -1,7 +1,7 @@
 """The denoising loop as operators of torch.library, which is how torch.compile sees it: one node.
 
 Eager calls go past them, since the boundary costs tens of microseconds. A head is named by a number here, because operators take
-tensors and plain values only; its parameters are arguments too, so that a compiled program orders a change of them before the call.
+tensors and plain values only; its parameters are arguments too, since a compiled program may hold changed ones back in copies.
 """
 
 import functools
@@ -45,8 +45,12 @@ def mlp_denoise(
     batch_invariant: bool,
 ) -> Tensor:
     """MLPHead.denoise with all noise given. columns: those of a StepTable; cfg, temperature: one element; head: its number."""
+    known = _heads[head]
+    if any(p.data_ptr() != q.data_ptr() for p, q in zip(parameters, known._net.parameters(), strict=True)):
+        names = (name for name, _ in known._net.named_parameters())
+        known = type(known).from_state_dict(dict(zip(names, parameters, strict=True)))
     table = _table(tuple(column.numpy().tobytes() for column in columns), step_noise is not None)
-    return _heads[head].denoise(
+    return known.denoise(
         z, table, cfg, temperature, noise, step_noise, backend=backend, dtype=dtype, batch_invariant=batch_invariant
     )
 

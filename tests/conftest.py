@@ -2,6 +2,7 @@
 such thing. Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be known before they are imported."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from disa_fast import backends
+from disa_fast import backends, profiling
 
 if backends.triton.is_interpreted():
     import interpreted
@@ -20,6 +21,25 @@ if backends.triton.is_interpreted():
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+class FakeNvtx:
+    """Remembers the ranges it was asked for."""
+
+    def __init__(self) -> None:
+        self.ranges: list[str] = []
+
+    def annotate(self, message: str, domain: str) -> AbstractContextManager:
+        assert domain == "disa_fast"
+        self.ranges.append(message)
+        return nullcontext()
+
+
+@pytest.fixture
+def nvtx(monkeypatch) -> FakeNvtx:
+    fake = FakeNvtx()
+    monkeypatch.setattr(profiling, "_nvtx", fake)
+    return fake
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Triton's interpreter made to compute as a GPU: bfloat16 rounded to nearest, its products, sums in an order that rows do not change."""
+"""Triton's interpreter made to compute as a GPU: bfloat16 rounded to nearest, and sums in an order that rows do not change."""
 
 import numpy as np
 import torch

@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_parameters import random_parameters
 
-from disa_fast import Linear, MLPHead, explain, graphs, profiling, solvers
+from disa_fast import Linear, MLPHead, explain, graphs, solvers
 from disa_fast.backends import triton
 from disa_fast.graphs import ByteLRU, Captured, Graphs, cut, layout_bytes, row_bucket
 from disa_fast.heads.mlp import MLPSpec
@@ -326,23 +326,9 @@ def test_explain_tells_of_graphs(head, capsys):
 
 
 @pytest.mark.interpreter
-def test_ranges_of_captures_and_replays(head, monkeypatch):
-    nvtx = FakeNvtx()
-    monkeypatch.setattr(profiling, "_nvtx", nvtx)
+def test_ranges_of_captures_and_replays(head, nvtx):
     recorded_graphs(head)
     for _ in range(2):
         head.denoise(table=solvers.ddpm(2), backend="triton", **draws(6, 2, 3.0))
     shape = "T=2 rows=8 guided=True noisy=True"
     assert nvtx.ranges == [f"capture {shape}", f"replay {shape}", f"replay {shape}"]
-
-
-class FakeNvtx:
-    """Remembers the ranges it was asked for."""
-
-    def __init__(self) -> None:
-        self.ranges: list[str] = []
-
-    def annotate(self, message, domain):
-        assert domain == "disa_fast"
-        self.ranges.append(message)
-        return profiling._OFF

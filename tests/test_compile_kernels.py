@@ -1,0 +1,63 @@
+"""Every shipped tile choice compiled for GPUs that are not there, in processes of their own, since this one interprets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from disa_fast.backends import triton
+from disa_fast.kernels.triton import tiles
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not triton.IS_INSTALLED, reason="Triton is not installed")
+
+
+def compiler(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_all_compile_and_none_spills(tmp_path):
+    """For one width; .ci/run runs `make kernels`, which is all of them."""
+    done = compiler("-m", "bench.compile_kernels", "--widths", "1280", "--json", str(tmp_path / "kernels.json"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    compiled = json.loads((tmp_path / "kernels.json").read_text())
+    assert all(kernel["stack"] == 0 and kernel["reg"] <= 255 for kernel in compiled)
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        for dtype, by_class in tiles.HEURISTIC.items():
+            for rows, chosen in by_class.items():
+                names = [
+                    kernel["kernel"]
+                    for kernel in compiled
+                    if (kernel["architecture"], kernel["dtype"], kernel["rows"]) == (architecture, dtype, min(rows, 2048))
+                ]
+                first = ["adaln_linear_kernel"] if chosen.fused else ["adaln_kernel", "linear_kernel"]
+                assert {"input_projection_kernel", *first, "gated_residual_kernel", "sampler_step_kernel"} <= set(names)
+
+
+PROBE = """
+import json
+from bench.compile_kernels import *
+large = tiles.Tile(128, 256, 64, 4, 3)
+chosen = dataclasses.replace(tiles.HEURISTIC["bfloat16"][tiles.FEW], {change})
+print(json.dumps(compile_case(Case("sm_90", "bfloat16", 1280, 16, chosen))))
+"""
+
+
+def test_a_spill_would_be_seen():
+    done = compiler("-W", "ignore", "-c", PROBE.format(change="second=large"))
+    kernels = {kernel["kernel"]: kernel for kernel in json.loads(done.stdout)}
+    assert kernels["gated_residual_kernel"]["stack"] > 0
+    assert kernels["adaln_linear_kernel"]["stack"] == 0
+
+
+def test_dependent_launch_is_in_the_code():
+    """Every kernel waits for the one before it, once, if told to, and otherwise never."""
+    for pdl in (True, False):
+        done = compiler("-W", "ignore", "-c", PROBE.format(change=f"pdl={pdl}"))
+        kernels = json.loads(done.stdout)
+        assert len(kernels) == 6
+        assert all(kernel["waits"] == int(pdl) for kernel in kernels)
