@@ -10,21 +10,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from shapes import SIZES, Z_CHANNELS, iterations
 
-from disa_fast import _C, Linear, MLPHead, solvers
+from disa_fast import _C, MLPHead, solvers
 from disa_fast.backends import cpu
 from disa_fast.heads.mlp import MLPSpec
-from disa_fast.models.mar import still_masked_after
 from disa_fast.solvers import StepTable
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own
 
-SIZES = {"MAR-B": (1024, 6), "MAR-L": (1280, 8), "MAR-H": (1536, 12)}
-Z_CHANNELS = 1024
 ROWS = [2, 8, 14, 32, 128, 512, 2048]
 STEPS = {512: 3, 2048: 2}  # of a call; 10 where there are fewer rows
 SECONDS = 5  # of taking turns, at least; and at least 3 turns
@@ -171,15 +169,6 @@ def test_step(benchmark, head, rows, capsys):
                 detail = f"{r['GB/s']:6.1f} {r['of_bandwidth']:6.0%} {r['GFLOP/s']:8.0f} {r['of_peak']:6.0%} {r['of_floor']:6.0%}"
             low, high = r["quartiles"]
             print(f"{name:14} {r['us_per_step']:7.0f} {detail:36} {r['over_eager']:5.2f}x ({low:.2f} to {high:.2f})")
-
-
-def iterations(tokens: int = 256, count: int = 64) -> Iterator[tuple[int, int]]:
-    """(tokens drawn, steps) of every AR iteration of one image in DiSA's setting, 50 steps down to 5."""
-    schedule, masked = Linear(50, 5), tokens
-    for k in range(count):
-        left = still_masked_after(k, count, tokens, masked) if k < count - 1 else 0
-        yield masked - left, schedule(k, count)
-        masked = left
 
 
 @pytest.mark.parametrize("head", ["MAR-L"], indirect=True)

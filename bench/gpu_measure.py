@@ -1,0 +1,468 @@
+"""What `make gpu-report` measures: the limits of the machine, then every contestant, in turns, on the published heads.
+
+Contestants are the published loop in plain PyTorch, the same compiled, both captured in a CUDA graph, and every backend that can
+serve. Results are checked before they are timed. Caches are as they are in use: a step finds what the step before left in L2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from disa_fast import MLPHead, backends, solvers
+from disa_fast.files import written_aside
+from disa_fast.heads.mlp import MLPSpec
+
+from .peers import captured, published_loop, published_step
+from .shapes import SIZES, Z_CHANNELS, iterations
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+ROWS = {1: 8, 4: 32, 64: 512, 256: 2048}  # by batch size: guidance, and 256 tokens in 64 iterations, so 4 of an image at a time
+MAIN_ROWS = (8, 2048, 2, 32, 512)  # of MAR-L, in the order of interest
+COMPILED = {8: ("default", "max-autotune"), 2048: ("default", "max-autotune")}  # by rows of MAR-L; elsewhere only the default
+COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are captured here, around the loop
+CFG = 3.0
+STEPS = 10  # of a call; half of them for many rows
+TURNS = 5  # each contestant is called so often, in turns
+SLACK = 20  # seconds that should be left when something begins
+
+Call = Callable[[], Tensor]
+
+
+@dataclass
+class Contestant:
+    """call: the whole loop, T steps. weight_bytes: of an element of the weights that it reads. tolerance: relative L2 error."""
+
+    call: Call
+    weight_bytes: int
+    tolerance: float
+
+
+@dataclass
+class Report:
+    """deadline: of time.monotonic(). out: folder of the results. tests: what became of them."""
+
+    deadline: float
+    out: Path | None
+    tests: str
+    peaks: dict[str, float] = field(default_factory=dict)
+    steps: list[dict] = field(default_factory=list)
+    images: list[dict] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name = torch.cuda.get_device_name() if ON_GPU else f"CPU {platform.machine()}"
+
+    def run(self) -> None:
+        print(f"{self.name}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+        if ON_GPU:
+            self.on_gpu()
+        else:
+            self.skipped += [f"{size}, {rows} rows: no GPU" for size in SIZES for rows in ROWS.values()]
+            self.skipped += [f"MAR-L, {batch} images: no GPU" for batch in ROWS]
+            for rows in (2, 8):
+                self.shape("MAR-B", rows, compiled=())
+        self.write()
+        if self.out is not None and self.steps:
+            plot(self.steps, self.name, self.out / f"{slug(self.name)}.png")
+        print(f"\ntests that need a GPU: {self.tests}")
+        for title, lines in (("skipped", self.skipped), ("FAILED", self.failures)):
+            for line in lines:
+                print(f"{title}: {line}")
+
+    def on_gpu(self) -> None:
+        """The most asked for first, since time may run out; what the profiler says last, since it may slow down what follows."""
+        self.peaks = measured_peaks()
+        print("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in self.peaks.items()), flush=True)
+        for rows in MAIN_ROWS:
+            self.shape("MAR-L", rows, compiled=COMPILED.get(rows, ("default",)))
+        for batch in ROWS:
+            self.image("MAR-L", batch)
+        for size in ("MAR-B", "MAR-H"):
+            for rows in ROWS.values():
+                self.shape(size, rows, compiled=("default",) if rows in COMPILED else ())
+        for rows in COMPILED:
+            self.launches("MAR-L", rows)
+
+    # What is measured ------------------------------------------------------------------------------------------------
+
+    def shape(self, size: str, rows: int, compiled: tuple[str, ...]) -> None:
+        """Microseconds a step of every contestant, in turns, and what they amount to."""
+        what = f"{size}, {rows} rows"
+        if self.out_of_time(what):
+            return
+        head, steps = random_head(size), STEPS if rows <= 512 else STEPS // 2
+        checked = self.checked(what, head, rows, steps, compiled)
+        times = in_turns({name: contestant.call for name, contestant in checked.items()})
+        results = {}
+        for name, contestant in checked.items():
+            step_seconds = statistics.median(times[name]) / steps
+            results[name] = {"us_per_step": step_seconds * 1e6} | ratios(times, name)
+            results[name] |= against_peaks(head.spec, rows, steps, step_seconds, contestant.weight_bytes, self.peaks)
+        self.steps.append({"size": size, "rows": rows, "steps": steps, "results": results})
+        print_shape(self.steps[-1])
+        self.write()
+        forget()
+
+    def checked(self, what: str, head: MLPHead, rows: int, steps: int, compiled: tuple[str, ...]) -> dict[str, Contestant]:
+        """The contestants that run, and whose result is near that of the published loop in exact float32."""
+        contestants, truth = self.contestants(what, head, rows, steps, compiled)
+        right = {}
+        for name, contestant in contestants.items():
+            with self.surviving(f"{what}, {name}"):
+                error = float((contestant.call().float() - truth).norm() / truth.norm())
+                if not error < contestant.tolerance:
+                    raise ArithmeticError(f"relative error {error:.2g}, expected at most {contestant.tolerance}")
+                right[name] = contestant
+        return right
+
+    def contestants(
+        self, what: str, head: MLPHead, rows: int, steps: int, compiled: tuple[str, ...]
+    ) -> tuple[dict[str, Contestant], Tensor]:
+        table, n = solvers.ddpm(steps), rows // 2
+        z = torch.randn(rows, Z_CHANNELS, device=DEVICE)
+        noise, step_noise = torch.randn(n, 16, device=DEVICE), torch.randn(steps, n, 16, device=DEVICE)
+        half = torch.bfloat16
+        found: dict[str, Contestant] = {}
+
+        def add(name: str, dtype: torch.dtype, make: Callable[[], Call], tf32: bool = False) -> None:
+            with self.surviving(f"{what}, {name}"):
+                call = in_precision("high", make) if tf32 else make()
+                found[name] = Contestant(call, dtype.itemsize, 0.3 if dtype == half else 2e-2 if tf32 else 1e-3)
+
+        def published(dtype: torch.dtype, mode: str | None = None) -> Call:
+            step = published_step(head, z, dtype, CFG)
+            if mode is not None:
+                step = torch.compile(step, mode=COMPILE_MODES[mode], dynamic=False)
+            return published_loop(step, table, noise, step_noise)
+
+        def ours(backend: str, dtype: torch.dtype) -> Call:
+            return lambda: head.denoise(z, table, CFG, noise=noise, step_noise=step_noise, backend=backend, dtype=dtype)[:n]
+
+        truth = published(torch.float32)()
+        if ON_GPU:
+            add("eager float32 TF32", torch.float32, lambda: published(torch.float32), tf32=True)
+            add("eager bfloat16", half, lambda: published(half))
+            add("eager bfloat16, graph", half, lambda: captured(published(half)))
+            for mode in compiled:
+                add(f"compile {mode} bfloat16", half, lambda mode=mode: published(half, mode))
+                add(f"compile {mode} bfloat16, graph", half, lambda mode=mode: captured(published(half, mode)))
+        else:
+            add("eager float32", torch.float32, lambda: published(torch.float32))
+        for backend, dtype in self.able(head, rows):
+            name = f"{backend} {str(dtype).removeprefix('torch.')}"
+            add(name, dtype, lambda backend=backend, dtype=dtype: ours(backend, dtype))
+            if ON_GPU and backends.BACKENDS[backend].captures():
+                add(f"{name}, no graph", dtype, lambda backend=backend, dtype=dtype: without_graphs(ours(backend, dtype)))
+            if ON_GPU and dtype == torch.float32:
+                add(f"{name} TF32", dtype, lambda backend=backend, dtype=dtype: ours(backend, dtype), tf32=True)
+        return found, truth
+
+    @staticmethod
+    def able(head: MLPHead, rows: int) -> list[tuple[str, torch.dtype]]:
+        """Every backend of ours that serves such a call here, in both dtypes, the slow ones aside."""
+        slow = {"reference"} if ON_GPU else {"reference", "triton"}  # on a CPU Triton would be interpreted
+        return [
+            (backend, dtype)
+            for backend in backends.BACKENDS
+            for dtype in (torch.bfloat16, torch.float32)
+            if backend not in slow and backends.survey(head.spec, dtype, DEVICE, rows)[backend] is None
+        ]
+
+    def image(self, size: str, batch: int) -> None:
+        """Seconds of the head for `batch` images: all 64 AR iterations, 50 steps down to 5."""
+        what = f"{size}, {batch} images"
+        if self.out_of_time(what):
+            return
+        head, calls = random_head(size), []
+        for tokens, steps in iterations():
+            n = batch * tokens
+            z, noise, step_noise = (torch.randn(shape, device=DEVICE) for shape in ((2 * n, Z_CHANNELS), (n, 16), (steps, n, 16)))
+            calls.append((z, solvers.ddpm(steps), noise, step_noise))
+
+        def published() -> None:
+            for z, table, noise, step_noise in calls:
+                published_loop(published_step(head, z, torch.bfloat16, CFG), table, noise, step_noise)()
+
+        def ours(backend: str) -> None:
+            how = {"backend": backend, "dtype": torch.bfloat16}
+            for z, table, noise, step_noise in calls:
+                head.denoise(z, table, CFG, noise=noise, step_noise=step_noise, **how)
+
+        able = [backend for backend, dtype in self.able(head, 8) if dtype == torch.bfloat16]
+        fs = {"eager bfloat16": published, **{f"{name} bfloat16": lambda name=name: ours(name) for name in able}}
+        run = {}
+        for name, f in fs.items():
+            with self.surviving(f"{what}, {name}"):
+                f()
+                run[name] = f
+        times = in_turns(run, turns=2)
+        results = {name: {"seconds": statistics.median(times[name])} | ratios(times, name) for name in run}
+        self.images.append({"size": size, "images": batch, "results": results, "graphs": head.graph_counters()})
+        print(f"\n{what}, the head's part of 64 AR iterations, 50 to 5 steps; graphs: {head.graph_counters()}")
+        for name, result in results.items():
+            print(f"{name:36} {result['seconds'] * 1e3:9.1f} ms {as_ratio(result['over_eager'])}", flush=True)
+        self.write()
+        forget()
+
+    def launches(self, size: str, rows: int) -> None:
+        """Kernels a step of every contestant, added to what `shape` found."""
+        entry = next((e for e in self.steps if (e["size"], e["rows"]) == (size, rows)), None)
+        if entry is None or self.out_of_time(f"{size}, {rows} rows, launches"):
+            return
+        contestants, _ = self.contestants(size, random_head(size), rows, entry["steps"], COMPILED[rows])
+        print(f"\n{size}, {rows} rows, kernels a step")
+        for name in entry["results"]:
+            with self.surviving(f"{size}, {rows} rows, launches of {name}"):
+                entry["results"][name]["launches_per_step"] = count = launches(contestants[name].call) / entry["steps"]
+                print(f"{name:36} {count:7.1f}", flush=True)
+        self.write()
+        forget()
+
+    # What becomes of it ----------------------------------------------------------------------------------------------
+
+    def out_of_time(self, what: str) -> bool:
+        over = time.monotonic() > self.deadline - SLACK
+        if over:
+            self.skipped.append(f"{what}: out of time")
+        return over
+
+    @contextlib.contextmanager
+    def surviving(self, what: str) -> Iterator[None]:
+        """A contestant that fails, in whatever way, is reported, and the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(f"{what}: {type(error).__name__}: {str(error).strip()[:500]}")
+            print(f"FAILED {self.failures[-1]}", flush=True)
+
+    def write(self) -> None:
+        if self.out is None:
+            return
+        triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
+        result = {
+            "gpu": self.name,
+            "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "triton": triton,
+            },
+            "tests": self.tests,
+            "peaks": self.peaks,
+            "steps": self.steps,
+            "images": self.images,
+            "skipped": self.skipped,
+            "failures": self.failures,
+        }
+        with written_aside(self.out / f"{slug(self.name)}.json") as aside:
+            aside.write_text(json.dumps(result, indent=1) + "\n")
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def random_head(size: str) -> MLPHead:
+    """Of the published shape; a small output layer keeps trajectories tame, as training does."""
+    torch.manual_seed(0)
+    sd = {}
+    for name, shape in MLPSpec(16, *SIZES[size], Z_CHANNELS).shapes().items():
+        scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.1
+        sd[name] = torch.randn(shape, device=DEVICE) * (0.3 * scale if name == "final_layer.linear.weight" else scale)
+    return MLPHead.from_state_dict(sd)
+
+
+def in_precision(precision: str, make: Callable[[], Call]) -> Call:
+    """make(), made and always called under torch.set_float32_matmul_precision(precision)."""
+
+    @contextlib.contextmanager
+    def set_precision() -> Iterator[None]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    with set_precision():
+        call = make()
+    return set_precision()(call)
+
+
+def without_graphs(call: Call) -> Call:
+    def run() -> Tensor:
+        os.environ["DISA_FAST_GRAPHS"] = "0"
+        try:
+            return call()
+        finally:
+            del os.environ["DISA_FAST_GRAPHS"]
+
+    return run
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """By events on a GPU, whose work goes on after the call."""
+    if not ON_GPU:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def in_turns(calls: dict[str, Callable[[], object]], turns: int = TURNS) -> dict[str, list[float]]:
+    """Each once to warm up, then call by call in turns, so that clocks and neighbours meet all alike."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    return times
+
+
+def ratios(times: dict[str, list[float]], name: str) -> dict[str, float | None]:
+    """Speed over the published loop, eager in bfloat16 (on a CPU in float32), and over the best of what torch.compile gives."""
+    median = {n: statistics.median(samples) for n, samples in times.items()}
+    eager = median.get("eager bfloat16", median.get("eager float32"))
+    compiled = min((t for n, t in median.items() if n.startswith("compile")), default=None)
+    return {
+        "over_eager": eager / median[name] if eager else None,
+        "over_compile": compiled / median[name] if compiled else None,
+    }
+
+
+def against_peaks(
+    spec: MLPSpec, rows: int, steps: int, step_seconds: float, weight_bytes: int, peaks: dict[str, float]
+) -> dict[str, float | None]:
+    """Of the hoisted loop, whoever runs: the bytes of weights that a step must read, and the operations that it must do."""
+    weights = 2 * spec.depth * spec.width**2 + 3 * spec.in_channels * spec.width + spec.modulation_width * spec.width / steps
+    flops = 2 * rows * (2 * spec.depth * spec.width + spec.modulation_width) * spec.width
+    rate, work = weights * weight_bytes / step_seconds / 1e9, flops / step_seconds / 1e12
+    matrix = peaks.get("bfloat16 TFLOP/s" if weight_bytes == 2 else "TF32 TFLOP/s")
+    return {
+        "GB/s": rate,
+        "TFLOP/s": work,
+        "of_HBM": rate / peaks["HBM GB/s"] if peaks else None,
+        "of_L2": rate / peaks["L2 GB/s"] if peaks else None,
+        "of_matrix": work / matrix if matrix else None,
+    }
+
+
+def measured_peaks() -> dict[str, float]:
+    """What this GPU gives: a copy far larger than L2, reading 16 MiB again and again, and large products of random matrices."""
+
+    def fastest(call: Callable[[], object]) -> float:
+        call()
+        return min(seconds(call) for _ in range(5))
+
+    source = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    small, repeats = torch.ones(1 << 22, dtype=torch.float32, device=DEVICE), 50
+    reread = repeats * small.nbytes / fastest(captured(lambda: [small.sum() for _ in range(repeats)][-1]))
+    peaks = {"HBM GB/s": copied / 1e9, "L2 GB/s": reread / 1e9}
+    for name, dtype, precision in (("bfloat16", torch.bfloat16, "highest"), ("TF32", torch.float32, "high")):
+        a, b = (torch.randn(8192, 8192, device=DEVICE).to(dtype) for _ in range(2))
+        product = in_precision(precision, lambda a=a, b=b: lambda: a @ b)
+        peaks[f"{name} TFLOP/s"] = 2 * 8192**3 / fastest(product) / 1e12
+    return peaks
+
+
+def launches(call: Call) -> int:
+    """Kernels that a call runs, those of a graph's replay included."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
+
+
+def forget() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+# Reporting -----------------------------------------------------------------------------------------------------------
+
+
+def print_shape(entry: dict) -> None:
+    print(f"\n{entry['size']}, {entry['rows']} rows guided, {entry['steps']} steps a call")
+    print(f"{'':36} us/step   GB/s  %HBM   %L2 TFLOP/s %peak  over eager  compile")
+    for name, r in entry["results"].items():
+        hbm, l2, matrix = ("     " if r[key] is None else f"{r[key]:5.0%}" for key in ("of_HBM", "of_L2", "of_matrix"))
+        print(
+            f"{name:36} {r['us_per_step']:7.1f} {r['GB/s']:6.0f} {hbm} {l2} {r['TFLOP/s']:7.1f} {matrix}    "
+            f"{as_ratio(r['over_eager'])} {as_ratio(r['over_compile'])}",
+            flush=True,
+        )
+
+
+def as_ratio(value: float | None) -> str:
+    return "       -" if value is None else f"{value:7.2f}x"
+
+
+def plot(steps: list[dict], name: str, path: Path) -> None:
+    """Speed over the published loop by rows, a bar for each contestant, of the first size."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    size = steps[0]["size"]
+    shapes = sorted((entry for entry in steps if entry["size"] == size), key=lambda entry: entry["rows"])
+    names = list(dict.fromkeys(contestant for entry in shapes for contestant in entry["results"]))
+    figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
+    width = 0.85 / len(names)
+    for i, contestant in enumerate(names):
+        heights = [entry["results"].get(contestant, {}).get("over_eager") or 0 for entry in shapes]
+        at = [position + (i - (len(names) - 1) / 2) * width for position in range(len(shapes))]
+        axes.bar(at, heights, width, label=contestant, color=pyplot.get_cmap("tab20")(i % 20))
+    axes.set_yscale("log")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(shapes)), [f"{entry['rows']} rows" for entry in shapes])
+    axes.set_ylabel("speed over the published loop in eager PyTorch")
+    axes.set_title(f"{size} head, one denoising step with guidance, {name}")
+    axes.legend(fontsize=8, ncols=2)
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=120)
+    pyplot.close(figure)
+    print(f"written: {path}")
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
