@@ -92,6 +92,16 @@ def test_bad_clip(solver, clip):
         solver(5, clip=clip)
 
 
+def test_table_keeps_contiguous_arrays_of_its_own():
+    fields = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in vars(ddpm(5)).items()}
+    table = StepTable(**{**fields, "a": np.repeat(fields["a"], 2)[::2], "t": fields["t"][::-1][::-1], "b": fields["b"][::-1]})
+    fields["c"][:] = 9
+    assert np.array_equal(table.c, ddpm(5).c)
+    assert np.array_equal(table.b, fields["b"][::-1])
+    for one in (table, ddpm(1)):
+        assert all(value.strides == (value.itemsize,) for value in vars(one).values() if isinstance(value, np.ndarray))
+
+
 def test_table_checks_its_arrays():
     good = vars(ddpm(5))
     with pytest.raises(ValueError, match=r"b: expected a \[5\] array of float64, got \[4\]"):

@@ -58,6 +58,10 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, 
         return "Triton is not installed; pip install triton"
     if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
         return f"runs on GPUs, not on {device} (there only in Triton's interpreter: TRITON_INTERPRET=1)"
+    if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"needs compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
     if dtype not in DTYPES:
         return f"computes in float32, bfloat16 or float16, not in {dtype}"
     if spec.width % 16 or spec.z_channels % 16:
@@ -117,7 +121,6 @@ def denoise(
         buffers["x"][: len(noise)].copy_(noise)
         if step_noise is not None:
             buffers["noise"][:, : len(noise)].copy_(step_noise)
-        buffers["before"].zero_()
         buffers["scalars"][0].fill_(cfg)
         buffers["scalars"][1].fill_(temperature)
 
@@ -158,7 +161,9 @@ def _step_table(table: StepTable, device: torch.device) -> Tensor:
     """[T, 8] float32, a row for each sampler_step: a, b, c, l0, l1, noisy, and two unused that keep rows aligned."""
     unused = torch.zeros(len(table))
     columns = [torch.tensor(getattr(table, name), dtype=torch.float32) for name in ("a", "b", "c", "l0", "l1", "noisy")]
-    return torch.stack([*columns, unused, unused], dim=1).to(device)
+    packed = torch.stack([*columns, unused, unused], dim=1).to(device)
+    mlp.settle(device)
+    return packed
 
 
 def layout(w: Weights, shape: Shape) -> Layout:
@@ -186,6 +191,7 @@ def layout(w: Weights, shape: Shape) -> Layout:
 
 def loop(w: Weights, shape: Shape, b: Buffers) -> None:
     """All steps, on the current stream and without a wait of the host. Reads the inputs, leaves the tokens in x."""
+    b["before"].zero_()
     input_projection(w, shape, b)
     linear(b["z"], *w.cond, b["condition"], shape, shape.tiles.modulation)
     chunk = len(b["y"])

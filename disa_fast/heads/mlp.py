@@ -224,15 +224,27 @@ def folded_modulation(p: Mapping[str, Tensor], spec: MLPSpec) -> tuple[Tensor, T
     return torch.cat(weights), torch.cat(biases)
 
 
+def settle(device: torch.device) -> None:
+    """Wait for the current stream: what was made on it and will be kept is then there for every stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class TimeTables:
     """time_embed of every step of a table, [T, width]: embed(t), t [T] float64 on `device`; kept for the grids used last (H1)."""
 
     def __init__(self, embed: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self._of_grid = functools.lru_cache(TIME_TABLES_KEPT)(lambda t: embed(torch.tensor(t, dtype=torch.float64, device=device)))
+        self._embed, self._device = embed, device
+        self._of_grid = functools.lru_cache(TIME_TABLES_KEPT)(self._make)
         self.cache_info = self._of_grid.cache_info
 
     def __call__(self, table: StepTable) -> Tensor:
         return self._of_grid(tuple(table.t.tolist()))
+
+    def _make(self, t: tuple[float, ...]) -> Tensor:
+        made = self._embed(torch.tensor(t, dtype=torch.float64, device=self._device))
+        settle(self._device)
+        return made
 
 
 class HoistedWeights:
@@ -309,7 +321,12 @@ class MLPHead:
     def refresh(self) -> None:
         """Forget everything derived from the parameters; the next call lays it out anew."""
         with self._lock:
-            self._packed.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._packed and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # other streams may still be reading what goes
+        self._packed.clear()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -327,11 +344,12 @@ class MLPHead:
                 (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in parameters.values()
             )
             if fingerprint != self._fingerprint:
-                self._packed.clear()
+                self._forget()
                 self._fingerprint = fingerprint
             if (kind, dtype) not in self._packed:
                 cast = {name: p.detach().to(dtype) for name, p in parameters.items()}
                 self._packed[kind, dtype] = build(cast, self.spec)
+                settle(self.device)
             return self._packed[kind, dtype]
 
     def network(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

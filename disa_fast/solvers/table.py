@@ -44,7 +44,9 @@ class StepTable:
                     f"{field.name}: expected a [{len(self.t)}] array of {expected.__name__}, "
                     f"got {list(value.shape)} of {value.dtype}"
                 )
+            value = np.array(value)  # contiguous, as native code reads it, and nobody else's
             value.flags.writeable = False
+            object.__setattr__(self, field.name, value)
         if len(self.t) == 0:
             raise ValueError("t: expected at least one step, got none")
         if self.noisy.any() and not self.draws:

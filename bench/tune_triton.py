@@ -1,0 +1,139 @@
+"""Finds the tiles of the Triton kernels on the GPU of this machine, and writes them to kernels/triton/tuned.json, which ships.
+
+    python -m bench.tune_triton --sizes MAR-L --rows 8 2048 --minutes 8
+
+From the choice that is in use now, one number of one tile after the other is changed, the whole loop timed as replays of a CUDA
+graph, and a change kept that is more than a percent faster; round after round, until none is or the time is over. What was found is
+then timed against where it began, in turns, and written only if it wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from disa_fast import graphs
+from disa_fast.backends import triton as backend
+from disa_fast.files import written_aside
+from disa_fast.kernels.triton import tiles
+from disa_fast.kernels.triton.tiles import Tile, Tiles
+
+from .gpu_measure import DEVICE, in_turns, random_head, seconds
+from .peers import captured
+from .shapes import SIZES
+
+TUNED = Path(__file__).resolve().parent.parent / "kernels" / "triton" / "tuned.json"
+GAIN = 0.99  # of the time before, which a change must come below
+STEPS = 10
+REPLAYS = 5
+
+Measure = Callable[[Tiles], float]
+
+
+def neighbours(chosen: Tiles) -> Iterator[Tiles]:
+    """Every choice that differs in one number of one tile, or in one of the switches."""
+    for name in ("first", "second", "step", "modulation"):
+        tile = getattr(chosen, name)
+        if tile is not None:
+            for other in _changed(tile, least=1 if name == "step" else 16):
+                yield dataclasses.replace(chosen, **{name: other})
+    yield dataclasses.replace(chosen, fused=not chosen.fused)
+    yield dataclasses.replace(chosen, pdl=not chosen.pdl)
+
+
+def _changed(tile: Tile, least: int) -> Iterator[Tile]:
+    bounds = {"m": (least, 256), "n": (16, 256), "k": (16, 1024), "warps": (1, 8), "stages": (1, 8)}
+    for name, (low, high) in bounds.items():
+        now = getattr(tile, name)
+        for value in (now - 1, now + 1) if name == "stages" else (now // 2, now * 2):
+            if low <= value <= high:
+                yield dataclasses.replace(tile, **{name: value})
+
+
+def descend(start: Tiles, measure: Measure, deadline: float) -> Tiles:
+    """The best choice that single changes lead to from `start`. measure: seconds, infinite for what does not run."""
+    best, least, tried = start, measure(start), {start}
+    improved = True
+    while improved:
+        improved = False
+        for candidate in neighbours(best):
+            if candidate in tried:
+                continue
+            if time.monotonic() > deadline:
+                return best
+            tried.add(candidate)
+            taken = measure(candidate)
+            if taken < GAIN * least:
+                best, least, improved = candidate, taken, True
+                break
+    return best
+
+
+class Loop:
+    """A guided loop of STEPS steps of a published head, for any choice of tiles."""
+
+    def __init__(self, size: str, rows: int, dtype: torch.dtype) -> None:
+        self.w = random_head(size).packed("triton", dtype, backend.Weights)
+        self.rows = rows
+
+    def call(self, chosen: Tiles) -> Callable[[], object]:
+        """The loop as a graph's replay. Raises whatever Triton raises for tiles that it cannot do."""
+        shape = backend.Shape(STEPS, self.rows, True, True, chosen, "ieee")
+        buffers = graphs.allocate(backend.layout(self.w, shape), DEVICE)
+        for buffer in buffers.values():
+            buffer.normal_(std=0.1)
+        return captured(lambda: backend.loop(self.w, shape, buffers))
+
+    def measure(self, chosen: Tiles) -> float:
+        try:
+            call = self.call(chosen)
+        except Exception as error:  # too much shared memory, too many threads, a tile that Triton refuses
+            print(f"  {type(error).__name__}: {chosen}")
+            return float("inf")
+        call()
+        return statistics.median(seconds(call) for _ in range(REPLAYS))
+
+
+def write(gpu: str, dtype: str, width: int, rows: int, chosen: Tiles) -> None:
+    table = json.loads(TUNED.read_text())
+    by_class = table.setdefault(gpu, {}).setdefault(dtype, {}).setdefault(str(width), {})
+    by_class[str(tiles.row_class(rows))] = chosen.as_dict()
+    with written_aside(TUNED) as aside:
+        aside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 48, 192, 768, 2048], help="one for each row class to be tuned")
+    parser.add_argument("--dtype", choices=tiles.HEURISTIC, default="bfloat16")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together, shared out evenly")
+    options = parser.parse_args()
+    if DEVICE.type != "cuda":
+        parser.error("needs a GPU; torch sees none")
+    gpu, end = torch.cuda.get_device_name(), time.monotonic() + 60 * options.minutes
+    jobs = [(size, rows) for rows in options.rows for size in options.sizes]
+    for i, (size, rows) in enumerate(jobs):
+        now = time.monotonic()
+        width = SIZES[size][0]
+        start = tiles.choose(gpu, options.dtype, width, rows)
+        loop = Loop(size, rows, getattr(torch, options.dtype))
+        found = descend(start, loop.measure, now + (end - now) / (len(jobs) - i))
+        gain = 1.0
+        if found != start:
+            times = in_turns({"start": loop.call(start), "found": loop.call(found)}, turns=20)
+            gain = statistics.median(a / b for a, b in zip(times["start"], times["found"], strict=True))
+        if gain > 1 / GAIN:
+            write(gpu, options.dtype, width, rows, found)
+        print(f"{size}, {rows} rows: {gain:.2f}x of {start}\n  by {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
