@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not backends.cpu.is_built():
         missing["native"] = "needs the native core, which this installation lacks; disa_fast.explain tells why"
     if not backends.triton.is_interpreted():
-        missing["interpreter"] = "needs Triton in interpreter mode: TRITON_INTERPRET=1, which is the default where there is no GPU"
+        missing["interpreter"] = "needs Triton, in its interpreter: TRITON_INTERPRET=1, as is set here where there is no GPU"
     for item in items:
         if "interpreter" in item.keywords:  # NumPy says so where a GPU goes on silently
             item.add_marker(pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"))

@@ -45,6 +45,14 @@ def test_the_native_core_is_where_it_should_be():
         assert backends.cpu.is_built()
 
 
+def test_kernels_are_part_of_the_package():
+    """They lie outside disa_fast/ and are mapped in; the link there is for imports from a checkout."""
+    package = Path(disa_fast.__file__).parent / "kernels"
+    sources = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*") if path.suffix in (".py", ".json")}
+    assert {path.relative_to(package) for path in package.rglob("*") if path.suffix in (".py", ".json")} == sources
+    assert (ROOT / "disa_fast" / "kernels").resolve() == ROOT / "kernels"
+
+
 def test_public_names():
     assert all(hasattr(disa_fast, name) for name in disa_fast.__all__)
 
@@ -63,7 +71,7 @@ def test_numbers_in_the_readme_are_the_committed_results():
     assert " | ".join(f"{image[name]['over_eager']:.2f}x" for name in CONTESTANTS[1:]) in README
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:bench|csrc|docs|tests|disa_fast)/[\w./-]+\w", README))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:bench|csrc|docs|kernels|tests|disa_fast)/[\w./-]+\w", README))))
 def test_paths_in_the_readme_exist(path):
     assert (ROOT / path).exists()
 

@@ -445,25 +445,10 @@ class MLPHead:
         is a copy of the first. Raises ValueError for shapes, dtypes, devices or values that do not fit, UnsupportedError
         for a backend that cannot serve the call.
         """
-        settings = (z, table, cfg, temperature, noise, step_noise, backend, dtype, batch_invariant)
-        if torch.compiler.is_compiling() and generator is None:
-            return self._denoise_compiled(*settings)
-        return self._denoise(*settings, generator)
-
-    @torch.compiler.disable
-    def _denoise(
-        self,
-        z: Tensor,
-        table: StepTable,
-        cfg: float | Tensor,
-        temperature: float | Tensor,
-        noise: Tensor | None,
-        step_noise: Tensor | None,
-        backend: str,
-        dtype: torch.dtype | None,
-        batch_invariant: bool,
-        generator: torch.Generator | None,
-    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            if generator is None:
+                return self._denoise_compiled(z, table, cfg, temperature, noise, step_noise, backend, dtype, batch_invariant)
+            return self._denoise_untraced(z, table, cfg, temperature, noise, step_noise, generator, backend, dtype, batch_invariant)
         dtype = self.dtype if dtype is None else dtype
         cfg, temperature = _scalar("cfg", cfg), _scalar("temperature", temperature)
         self._check(z, table, cfg, temperature, dtype)
@@ -486,6 +471,8 @@ class MLPHead:
         with torch.autocast(z.device.type, enabled=False):
             x = backends.BACKENDS[chosen].denoise(self, z.to(dtype), table, cfg, temperature, noise, step_noise, batch_invariant)
         return torch.cat([x, x]) if guided else x
+
+    _denoise_untraced = torch.compiler.disable(denoise)  # a compiled program is cut here: generators are no operator's argument
 
     def _denoise_compiled(
         self,

@@ -1,4 +1,4 @@
-"""What several kernels share: statistics of layer norm in tiles, rounding, and the hand-over between kernels."""
+"""What several kernels share: statistics of layer norm in tiles, operands and products, rounding, the hand-over between kernels."""
 
 import triton
 import triton.language as tl
@@ -39,6 +39,22 @@ def load_statistics(stats_ptr, r, live, eps, WIDTH: tl.constexpr, TILE: tl.const
     deviation = means - mean[:, None]
     variance = tl.sum(squares + count[None, :] * deviation * deviation, axis=1) / WIDTH
     return mean, tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def linear_sums(
+    x_ptr, weight_ptr, bias_ptr, r, live, n,
+    K: tl.constexpr, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W x[r] + bias, [rows, n] in float32. x [rows, K], weight [N, K], bias [N]."""
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + r[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
+        weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
+    return sums + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

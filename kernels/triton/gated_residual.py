@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import after_kernel_before, store_statistics
+from .common import after_kernel_before, linear_sums, store_statistics
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -21,14 +21,7 @@ def gated_residual_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = r < rows
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + r[:, None] * WIDTH + k[None, :], mask=live[:, None] & (k < WIDTH)[None, :], other=0.0)
-        mask = (k < WIDTH)[:, None] & (n < WIDTH)[None, :]
-        weight = tl.load(weight_ptr + n[None, :] * WIDTH + k[:, None], mask=mask, other=0.0)
-        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
-    sums += tl.load(bias_ptr + n, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
+    sums = linear_sums(x_ptr, weight_ptr, bias_ptr, r, live, n, WIDTH, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     mask = live[:, None] & (n < WIDTH)[None, :]
     gate = tl.load(modulation_ptr + column + r[:, None] * MODULATION + n[None, :], mask=mask, other=0.0).to(tl.float32)
     at = h_ptr + r[:, None] * WIDTH + n[None, :]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import after_kernel_before, rounded
+from .common import after_kernel_before, linear_sums, rounded
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -21,13 +21,7 @@ def linear_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = r < rows
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + r[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
-        weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
-        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
-    sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    sums = linear_sums(x_ptr, weight_ptr, bias_ptr, r, live, n, K, N, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     if SILU:
         sums *= tl.sigmoid(sums)
     out = rounded(sums, out_ptr.dtype.element_ty)
