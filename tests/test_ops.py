@@ -8,7 +8,7 @@ import torch
 from random_parameters import random_parameters
 
 from disa_fast import MLPHead, solvers
-from disa_fast.heads.mlp import MLPSpec
+from disa_fast.heads.mlp import MLPNet, MLPSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own
 
@@ -71,6 +71,15 @@ def test_given_noise_and_settings_reach_the_loop(head, compiled):
     out = compiled(lambda z: head.denoise(z, **settings))(z)
     assert out.dtype == torch.float64
     assert torch.equal(out, head.denoise(z, **settings))
+
+
+def test_of_a_module_in_training(compiled):
+    """Parameters and input that want gradients get none, compiled or not; the module's own type does not matter."""
+    head = MLPHead.from_module(MLPNet(MLPSpec(16, 32, 1, 48)))
+    table, z, noise = solvers.dpm_solver(3), torch.randn(4, 48, requires_grad=True), torch.randn(4, 16)
+    out = compiled(lambda z: head.denoise(z * 2, table, noise=noise))(z)
+    assert not out.requires_grad
+    assert torch.equal(out, head.denoise(z * 2, table, noise=noise))
 
 
 def test_two_draws_are_not_taken_for_one(head, compiled):
