@@ -12,7 +12,7 @@ from disa_fast.backends import triton
 from disa_fast.kernels.triton import tiles
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not triton.IS_INSTALLED, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(not triton.is_installed(), reason="Triton is not installed")
 
 
 def compiler(*arguments: str) -> subprocess.CompletedProcess:

@@ -237,6 +237,13 @@ def test_refuses(spec, dtype, device, reason):
     assert answer is None if reason is None else reason in answer
 
 
+def test_an_installation_without_triton(monkeypatch):
+    monkeypatch.setattr(triton, "triton", None)
+    monkeypatch.setattr(triton, "_IMPORT_ERROR", "No module named 'triton'", raising=False)
+    with pytest.raises(UnsupportedError, match=r"Triton cannot be imported \(No module named 'triton'\); pip install triton"):
+        backends.choose("triton", MLPSpec(16, 64, 1, 32), torch.bfloat16, torch.device("cuda"), 8)
+
+
 def test_auto_takes_it_on_a_gpu_and_not_in_the_interpreter():
     spec = MLPSpec(16, 64, 1, 32)
     assert backends.choose("auto", spec, torch.bfloat16, torch.device("cuda"), 8) == "triton"

@@ -8,7 +8,6 @@ not depend on the rows beside it.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,8 +22,7 @@ from ..kernels.triton import tiles
 from ..kernels.triton.tiles import Tile, Tiles
 from ..solvers import StepTable
 
-IS_INSTALLED = importlib.util.find_spec("triton") is not None
-if IS_INSTALLED:
+try:
     import triton
 
     from ..kernels.triton.adaln import adaln_kernel
@@ -33,6 +31,8 @@ if IS_INSTALLED:
     from ..kernels.triton.input_projection import input_projection_kernel
     from ..kernels.triton.linear import linear_kernel
     from ..kernels.triton.sampler_step import sampler_step_kernel
+except ImportError as error:
+    triton, _IMPORT_ERROR = None, str(error)
 
 if TYPE_CHECKING:
     from ..graphs import Buffers, Layout
@@ -43,9 +43,13 @@ MODULATION_BYTES = 256 << 20
 ELEMENTWISE = {"BLOCK_M": 4, "BLOCK_K": 256}  # of adaln_kernel
 
 
+def is_installed() -> bool:
+    return triton is not None
+
+
 def is_interpreted() -> bool:
     """TRITON_INTERPRET=1 from the start of the process: kernels run as Python, on CPU tensors."""
-    return IS_INSTALLED and not isinstance(linear_kernel, triton.JITFunction)
+    return is_installed() and not isinstance(linear_kernel, triton.JITFunction)
 
 
 def about(dtype: torch.dtype) -> str:
@@ -54,8 +58,8 @@ def about(dtype: torch.dtype) -> str:
 
 
 def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str | None:
-    if not IS_INSTALLED:
-        return "Triton is not installed; pip install triton"
+    if not is_installed():
+        return f"Triton cannot be imported ({_IMPORT_ERROR}); pip install triton"
     if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
         return f"runs on GPUs, not on {device} (there only in Triton's interpreter: TRITON_INTERPRET=1)"
     if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
