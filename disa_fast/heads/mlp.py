@@ -447,7 +447,8 @@ class MLPHead:
         if torch.compiler.is_compiling():
             if generator is None:
                 return self._denoise_compiled(z, table, cfg, temperature, noise, step_noise, backend, dtype, batch_invariant)
-            return self._denoise_untraced(z, table, cfg, temperature, noise, step_noise, generator, backend, dtype, batch_invariant)
+            untraced = torch.compiler.disable(self.denoise)  # cuts the program here: a generator is no operator's argument
+            return untraced(z, table, cfg, temperature, noise, step_noise, generator, backend, dtype, batch_invariant)
         dtype = self.dtype if dtype is None else dtype
         cfg, temperature = _scalar("cfg", cfg), _scalar("temperature", temperature)
         self._check(z, table, cfg, temperature, dtype)
@@ -470,8 +471,6 @@ class MLPHead:
         with torch.autocast(z.device.type, enabled=False):
             x = backends.BACKENDS[chosen].denoise(self, z.to(dtype), table, cfg, temperature, noise, step_noise, batch_invariant)
         return torch.cat([x, x]) if guided else x
-
-    _denoise_untraced = torch.compiler.disable(denoise)  # a compiled program is cut here: generators are no operator's argument
 
     def _denoise_compiled(
         self,
