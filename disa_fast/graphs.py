@@ -16,8 +16,8 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ Capture = Callable[[Callable[[], None]], tuple[Replay, int]]
 
 ALIGNMENT = 256
 DEFAULT_MEGABYTES = 1024
-MAX_FAILURES = 3  # to capture, after which a head goes on without graphs
+MAX_FAILURES = 3  # to capture, one after the other, after which a head goes on without graphs
 MAX_ROWS = 8192  # beyond, launches cost nothing beside the arithmetic
 
 
@@ -132,6 +132,7 @@ class Graphs:
     def __init__(self, device: torch.device, capture: Capture | None = None) -> None:
         self.device = device
         self.captures = self.hits = self.eager = self.failures = 0
+        self._failed_in_a_row = 0
         self._capture_loop = capture or (_CudaCapture(device) if device.type == "cuda" else None)
         self._cache = ByteLRU(bytes_allowed())
         self._lock = threading.Lock()
@@ -185,7 +186,7 @@ class Graphs:
             }
 
     def _should(self, rows: int, layout: Layout) -> bool:
-        if self._capture_loop is None or self.failures >= MAX_FAILURES or not enabled():
+        if self._capture_loop is None or self._failed_in_a_row >= MAX_FAILURES or not enabled():
             return False
         if rows > MAX_ROWS or layout_bytes(layout) > self._cache.limit:
             return False
@@ -201,14 +202,17 @@ class Graphs:
             fill(buffers)
             with profiling.range("capture {}", key):
                 replay, own_bytes = self._capture_loop(lambda: loop(buffers))
-        except RuntimeError as error:  # out of memory, or something else on this device that no capture survives
+        except RuntimeError as error:  # out of memory, or something that another thread did on this device and no capture survives
             self.failures += 1
-            self._cache.clear()
-            self._arena = None
+            self._failed_in_a_row += 1
+            if isinstance(error, torch.OutOfMemoryError):
+                self._cache.clear()
+                self._arena = None
             warnings.warn(f"disa_fast: this call runs without a CUDA graph ({key}), since capturing failed: {error}", stacklevel=2)
             return None
         entry = Captured(replay, buffers, arena, own_bytes)
         self.captures += 1
+        self._failed_in_a_row = 0
         self._cache.put(key, entry)
         return entry
 
@@ -250,7 +254,8 @@ class _CudaCapture:
             free = torch.cuda.mem_get_info(self.device)[0]
             gc.disable()  # a collection might free something of CUDA's, which ends a capture
             try:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                with _default_generator_set_aside():
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     loop()
                 finally:
@@ -262,7 +267,24 @@ class _CudaCapture:
         return graph.replay, max(0, free - torch.cuda.mem_get_info(self.device)[0])
 
 
-def on_device(device: torch.device):
+_setting_aside = threading.Lock()
+
+
+@contextmanager
+def _default_generator_set_aside() -> Iterator[None]:
+    """When a capture begins, PyTorch puts the state of this device's default generator into a mode in which drawing from it
+    elsewhere is an error until the capture has ended, and for ever if it fails. It gets a copy: nothing is drawn in these graphs."""
+    with _setting_aside:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        own = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(generator.clone_state())
+        try:
+            yield
+        finally:
+            generator.graphsafe_set_state(own)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
     """Makes `device` the current one, which is where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

@@ -1,5 +1,6 @@
 """The policy of CUDA graphs, and their use by a backend, with a capture that records a Python function: no GPU needed."""
 
+import contextlib
 import threading
 
 import pytest
@@ -184,6 +185,50 @@ def test_a_capture_that_fails_is_said_and_does_without():
         assert cache.counters()["failures"] == failures
     assert double(cache, torch.ones(1), key="b") is None
     assert cache.counters() | {"graphs": 0, "evictions": 1, "captures": 1, "failures": 3, "eager": 4} == cache.counters()
+
+
+def test_a_capture_that_another_thread_spoils_costs_nothing_but_itself():
+    """The graphs that there are stay, and failures count only as long as none succeeds in between."""
+    spoiled = iter([False, True, True, False, True, True, False])
+
+    def capture(loop):
+        if next(spoiled):
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return loop, 0
+
+    cache = Graphs(CPU, capture)
+    double(cache, torch.ones(1), key="a")
+    for key in "bc":
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="previous error during capture"):
+                assert double(cache, torch.ones(1), key=key) is None
+        assert double(cache, torch.ones(1), key=key).tolist() == [2]
+    assert double(cache, torch.ones(1), key="a").tolist() == [2]
+    assert cache.counters() | {"graphs": 3, "evictions": 0, "captures": 3, "failures": 4, "hits": 1} == cache.counters()
+
+
+def test_the_default_generator_has_its_own_state_again_after_a_capture_began(monkeypatch):
+    class Generator:
+        state = "own"
+
+        def graphsafe_get_state(self):
+            return self.state
+
+        def clone_state(self):
+            return f"copy of {self.state}"
+
+        def graphsafe_set_state(self, state):
+            self.state = state
+
+    generator = Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for spoiled in (False, True):
+        with contextlib.suppress(RuntimeError), graphs._default_generator_set_aside():
+            assert generator.state == "copy of own"
+            if spoiled:
+                raise RuntimeError("capture failed")
+        assert generator.state == "own"
 
 
 def test_many_threads_share_the_buffers():
