@@ -247,24 +247,33 @@ class _CudaCapture:
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         graph = torch.cuda.CUDAGraph()
-        collecting = gc.isenabled()
-        with torch.cuda.stream(self._stream):
-            loop()  # compiles kernels and sets up libraries, none of which may happen during a capture
-            self._stream.synchronize()
-            free = torch.cuda.mem_get_info(self.device)[0]
-            gc.disable()  # a collection might free something of CUDA's, which ends a capture
-            try:
-                with _default_generator_set_aside():
-                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    loop()
-                finally:
-                    graph.capture_end()
-            finally:
-                if collecting:
-                    gc.enable()
-        caller.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                loop()  # compiles kernels and sets up libraries, none of which may happen during a capture
+                self._stream.synchronize()
+                free = torch.cuda.mem_get_info(self.device)[0]
+                with _without_collections():
+                    with _default_generator_set_aside():
+                        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                    try:
+                        loop()
+                    finally:
+                        graph.capture_end()
+        finally:
+            caller.wait_stream(self._stream)  # also where it failed: what it worked on may go to others now
         return graph.replay, max(0, free - torch.cuda.mem_get_info(self.device)[0])
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """A garbage collection might free something of CUDA's, which ends a capture."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 _setting_aside = threading.Lock()
@@ -273,7 +282,7 @@ _setting_aside = threading.Lock()
 @contextmanager
 def _default_generator_set_aside() -> Iterator[None]:
     """When a capture begins, PyTorch puts the state of this device's default generator into a mode in which drawing from it
-    elsewhere is an error until the capture has ended, and for ever if it fails. It gets a copy: nothing is drawn in these graphs."""
+    elsewhere is an error until the capture ends, and for ever if it fails. It gets a copy: nothing is drawn in these graphs."""
     with _setting_aside:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         own = generator.graphsafe_get_state()
