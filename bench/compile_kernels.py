@@ -47,11 +47,12 @@ class Case:
 
 
 def shipped(widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
-    """Every heuristic tile choice for every architecture, also with programmatic dependent launch where there is such a thing, and
-    every tuned one for Hopper."""
+    """Every heuristic tile choice for every architecture, with guidance and without, also with programmatic dependent launch where
+    there is such a thing, and every tuned one for Hopper."""
     for dtype, by_class in tiles.HEURISTIC.items():
         for (rows, chosen), width, architecture in itertools.product(by_class.items(), widths, ARCHITECTURES):
-            yield Case(architecture, dtype, width, min(rows, 2048), chosen)
+            for guided in (True, False):
+                yield Case(architecture, dtype, width, min(rows, 2048), chosen, guided)
             if rows == tiles.FEW and architecture != "sm_80":
                 yield Case(architecture, dtype, width, rows, dataclasses.replace(chosen, pdl=True))
     for by_dtype in tiles.tuned().values():
@@ -131,15 +132,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write everything there")
     options = parser.parse_args()
     cases, bad, everything = list(shipped(tuple(options.widths))), 0, []
-    print(f"{'':8}{'dtype':9} width  rows  {'kernel':24} registers stack shared  s")
+    print(f"{'':8}{'dtype':9} width  rows guided  {'kernel':24} registers stack shared  s")
     with ProcessPoolExecutor() as pool:
         for case, kernels in zip(cases, pool.map(compile_case, cases), strict=True):
             for k in kernels:
                 bad += k["stack"] > 0 or k["shared"] > SHARED_BYTES[case.architecture]
                 everything.append({**vars(case), "tiles": case.tiles.as_dict(), **k})
                 print(
-                    f"{case.architecture:8}{case.dtype:9}{case.width:6}{case.rows:6}  {k['kernel']:24} {k['reg']:9} {k['stack']:5} "
-                    f"{k['shared']:6} {k['seconds']:4.1f}",
+                    f"{case.architecture:8}{case.dtype:9}{case.width:6}{case.rows:6} {case.guided!s:6}  "
+                    f"{k['kernel']:24} {k['reg']:9} {k['stack']:5} {k['shared']:6} {k['seconds']:4.1f}",
                     flush=True,
                 )
     if options.json:
