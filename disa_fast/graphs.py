@@ -143,17 +143,18 @@ class Graphs:
         self,
         key: Hashable,
         rows: int,
-        layout: Layout,
+        layout: Callable[[], Layout],
         fill: Callable[[Buffers], None],
         loop: Callable[[Buffers], None],
         result: Callable[[Buffers], Tensor],
     ) -> Tensor | None:
         """fill, loop and result, the loop as a graph's replay; None where this call is better or only run without one.
 
-        key: whatever decides what `loop` launches, the layout included. result: copies what the caller gets out of the buffers.
+        key: whatever decides what `loop` launches, the layout included, which is asked for only to capture. result: copies what
+        the caller gets out of the buffers.
         """
         with self._lock:
-            if not self._should(rows, layout):
+            if not self._should(rows):
                 self.eager += 1
                 return None
             self._wait()
@@ -161,7 +162,7 @@ class Graphs:
             if entry is not None:
                 self.hits += 1
             else:
-                entry = self._captured(key, layout, fill, loop)
+                entry = self._captured(key, layout(), fill, loop)
             if entry is None:
                 self.eager += 1
                 return None
@@ -185,19 +186,20 @@ class Graphs:
                 "bytes": self._cache.bytes,
             }
 
-    def _should(self, rows: int, layout: Layout) -> bool:
-        if self._capture_loop is None or self._failed_in_a_row >= MAX_FAILURES or not enabled():
-            return False
-        if rows > MAX_ROWS or layout_bytes(layout) > self._cache.limit:
+    def _should(self, rows: int) -> bool:
+        if self._capture_loop is None or self._failed_in_a_row >= MAX_FAILURES or not enabled() or rows > MAX_ROWS:
             return False
         return self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
     def _captured(
         self, key: Hashable, layout: Layout, fill: Callable[[Buffers], None], loop: Callable[[Buffers], None]
     ) -> Captured | None:
+        size = layout_bytes(layout)
+        if size > self._cache.limit:
+            return None
         try:
             with torch.inference_mode(False):
-                arena = self._arena_of(layout_bytes(layout))
+                arena = self._arena_of(size)
                 buffers = cut(arena, layout)
             fill(buffers)
             with profiling.range("capture {}", key):

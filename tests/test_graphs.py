@@ -113,7 +113,7 @@ def double(cache: Graphs, x: torch.Tensor, key: str = "key", rows: int = 2) -> t
     return cache.run(
         key,
         rows,
-        {"x": ((rows,), torch.float32)},
+        lambda: {"x": ((rows,), torch.float32)},
         fill=lambda buffers: buffers["x"][: len(x)].copy_(x),
         loop=lambda buffers: buffers["x"].mul_(2),
         result=lambda buffers: buffers["x"][: len(x)].clone(),

@@ -133,7 +133,7 @@ def denoise(
 
     with graphs.on_device(z.device):
         padded = shape(graphs.row_bucket(len(z)))
-        out = w.graphs.run(padded, len(z), layout(w, padded), fill, functools.partial(loop, w, padded), result)
+        out = w.graphs.run(padded, len(z), functools.partial(layout, w, padded), fill, functools.partial(loop, w, padded), result)
         if out is None:
             exact = shape(len(z))
             buffers = graphs.allocate(layout(w, exact), z.device)
