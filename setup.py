@@ -1,7 +1,8 @@
 """What pyproject.toml cannot say: the native core is built by CMake, and its absence is not an error.
 
 Without a C++ compiler the package installs as pure Python, and `disa_fast.explain` tells the reason, which is left beside the
-code in not_built.txt. DISA_FAST_REQUIRE_NATIVE=1 makes a failure to build an error.
+code in not_built.txt. DISA_FAST_REQUIRE_NATIVE=1 makes a failure to build an error. The CUDA kernels are compiled where there is
+nvcc, unless DISA_FAST_CUDA=0, and otherwise no_fatbin.txt has the reason; that is never an error.
 """
 
 import os
@@ -21,7 +22,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath("disa_fast._C")).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         why_not = target.parent / "not_built.txt"
-        for stale in (target, why_not):
+        why_no_fatbin = target.parent / "no_fatbin.txt"
+        for stale in (target, why_not, target.parent / "mlp_denoise.fatbin", why_no_fatbin):
             stale.unlink(missing_ok=True)
         try:
             self.cmake(target)
@@ -31,6 +33,8 @@ class CMakeBuild(build_ext):
                 raise SystemExit(f"disa_fast: the native core could not be built:\n{output}") from None
             self.warn(f"the native core could not be built; going on without it:\n{output}")
             why_not.write_text(output)
+        if why_no_fatbin.exists():
+            self.warn(f"the CUDA kernels were not compiled; going on without them:\n{why_no_fatbin.read_text()}")
 
     def cmake(self, target: Path) -> None:
         import pybind11

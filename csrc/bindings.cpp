@@ -1,19 +1,23 @@
-// disa_fast._C: the native core as seen from Python. Addresses come from torch tensors whose owner, disa_fast/backends/cpu.py,
-// keeps them alive and has checked them; nothing here knows torch.
+// disa_fast._C: the native core as seen from Python. Addresses come from torch tensors whose owners, disa_fast/backends/cpu.py and
+// cuda.py, keep them alive and have checked them; nothing here knows torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/mlp_denoise.h"
 #include "cpu/probe.h"
 #include "cpu/team.h"
+#include "cuda/driver.h"
 
 namespace py = pybind11;
 namespace cpu = disa_fast::cpu;
+namespace cuda = disa_fast::cuda;
 
 namespace {
 
@@ -26,6 +30,45 @@ const cpu::Kernels& kernels_named(const std::string& isa) {
   for (const cpu::Kernels* kernels : cpu::kernels_here())
     if (isa == kernels->name) return *kernels;
   throw py::value_error("isa: expected one of isas(), got " + isa);
+}
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+void bind_cuda(py::module_& m) {
+  py::class_<cuda::Resources>(m, "CudaResources", "Of a kernel, as its compiler chose.")
+      .def_readonly("registers", &cuda::Resources::registers, "Of a thread.")
+      .def_readonly("local_bytes", &cuda::Resources::local_bytes, "Of a thread, in memory, where registers did not do.")
+      .def_readonly("shared_bytes", &cuda::Resources::shared_bytes, "Of a block, static.")
+      .def_readonly("threads", &cuda::Resources::threads, "Of a block, at most.");
+
+  py::class_<cuda::Module>(
+      m, "CudaModule",
+      "Machine code on one GPU, through the CUDA driver: libcuda.so.1, or what the environment variable DISA_FAST_LIBCUDA names, "
+      "opened when the first is made. RuntimeError with the driver's words where anything fails. Any thread may use it. A kernel "
+      "is loaded by the first call that names it: before a CUDA graph's capture, not in it; likewise for making and freeing this.")
+      .def(py::init([](const py::bytes& image, int device) {
+             const char* bytes = std::string_view(image).data();  // behind which Python keeps a zero, as PTX needs
+             py::gil_scoped_release release;
+             return std::make_unique<cuda::Module>(bytes, device);
+           }),
+           py::kw_only(), py::arg("image"), py::arg("device"), "image: a fatbin, a cubin or PTX; device: an index, as torch's.")
+      .def("multiprocessors", &cuda::Module::multiprocessors, Unlocked(), "How many may be used, here and under limits of MPS.")
+      .def("shared_bytes", &cuda::Module::shared_bytes, Unlocked(), "The most that a block may have, static and dynamic together.")
+      .def("architecture", &cuda::Module::architecture, Unlocked(), "90 for compute capability 9.0.")
+      .def("resources", &cuda::Module::resources, Unlocked(), py::arg("name"), "What the compiler gave a kernel.")
+      .def("fits", &cuda::Module::fits, Unlocked(), py::kw_only(), py::arg("name"), py::arg("threads"), py::arg("shared_bytes"),
+           "How many blocks can run at once, each with so much dynamic shared memory; 0 if not even one.")
+      .def(
+          "launch",
+          [](cuda::Module& module, const std::string& name, const py::bytes& parameters, unsigned grid, unsigned threads,
+             unsigned shared_bytes, uintptr_t stream) {
+            const std::string_view bytes(parameters);
+            py::gil_scoped_release release;
+            module.launch(name, bytes, grid, threads, shared_bytes, pointer<void>(stream));
+          },
+          py::kw_only(), py::arg("name"), py::arg("parameters"), py::arg("grid"), py::arg("threads"), py::arg("shared_bytes"),
+          py::arg("stream"),
+          "A cooperative launch on a stream's handle, which may be capturing; does not wait. parameters: the kernel's only one.");
 }
 
 }  // namespace
@@ -117,6 +160,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rounds"), py::arg("isa"), py::arg("threads"),
       "Does float32 multiply-adds in registers and returns how many; for benchmarks to time.");
+
+  bind_cuda(m);
 
   // Made now, under the GIL, so that a fork in another thread cannot meet it half made.
   cpu::Team::borrow(1);

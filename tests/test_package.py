@@ -47,9 +47,9 @@ def test_the_native_core_is_where_it_should_be():
 
 def test_kernels_are_part_of_the_package():
     """They lie outside disa_fast/ and are mapped in; the link there is for imports from a checkout."""
-    package = Path(disa_fast.__file__).parent / "kernels"
-    sources = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*") if path.suffix in (".py", ".json")}
-    assert {path.relative_to(package) for path in package.rglob("*") if path.suffix in (".py", ".json")} == sources
+    package, suffixes = Path(disa_fast.__file__).parent / "kernels", (".py", ".json", ".cu", ".cuh", ".h")
+    sources = {path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*") if path.suffix in suffixes}
+    assert {path.relative_to(package) for path in package.rglob("*") if path.suffix in suffixes} == sources
     assert (ROOT / "disa_fast" / "kernels").resolve() == ROOT / "kernels"
 
 

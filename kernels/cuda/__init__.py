@@ -1,0 +1,1 @@
+"""CUDA C++ kernels: sources for nvcc and NVRTC."""
