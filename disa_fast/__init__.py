@@ -5,6 +5,7 @@ from .accelerate import accelerate, restore
 from .errors import UnsupportedError
 from .explain import explain
 from .heads import MLPHead
+from .philox import Philox
 from .schedule import Constant, Cosine, Linear, StepList, TwoStage, parse_schedule
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Cosine",
     "Linear",
     "MLPHead",
+    "Philox",
     "StepList",
     "TwoStage",
     "UnsupportedError",

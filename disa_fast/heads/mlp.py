@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import backends, graphs, ops
 from ..checks import check_shapes, is_whole
+from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import DEFAULT_CLIP, Solver, StepTable, resolve
 
@@ -423,6 +424,7 @@ class MLPHead:
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         batch_invariant: bool = False,
+        rng: str | Philox = "torch",
     ) -> Tensor:
         """Draw one token for each row of conditions: the whole denoising loop.
 
@@ -434,25 +436,34 @@ class MLPHead:
         noise: [rows, in_channels] starting state; with guidance [rows/2, ...], or [rows, ...] of which the first half counts.
         step_noise: [T, rows or rows/2, in_channels], in the order of the steps, where the solver is noisy.
         generator: draws whatever of the two is not given, in the order and shapes of the published implementation, so that
-            one seed gives one result; torch's global generator if None.
+            one seed gives one result; torch's global generator if None. `rng` may say otherwise.
         backend: "auto", or a backend's name (`disa_fast.explain` lists them).
         dtype: of the network's arithmetic; the parameters' own if None. torch.autocast is not consulted.
-        batch_invariant: a row's result is bitwise the same whatever other rows share the call. `cpu` always is, `triton` up to 16
-            rows, and beyond by giving up the tiles and library products for many rows; the others cannot be.
+        batch_invariant: a row's result is bitwise the same whatever other rows share the call. `cpu` and `cuda` always are,
+            `triton` up to 16 rows, and beyond by giving up the tiles and library products for many rows; the others cannot be.
+        rng: where noise that is not given comes from. "torch": from `generator`, as above. A disa_fast.Philox: from its seed and
+            streams, step 0 the start and step i + 1 the noise of row i; `generator` must then be None. "philox": from a Philox
+            of streams 0, 1, 2, ... whose seed is one draw from `generator`, or from torch's global generator of the CPU. One seed
+            does not give the published implementation's tokens then. In return a trajectory's noise depends neither on the
+            rows beside it nor on the number of steps, and `cuda` makes the steps' inside its loop, without a tensor of it.
 
         Returns [rows, in_channels], float64 if dtype is, else float32 (the state is kept in it). With guidance the second half
         is a copy of the first. Raises ValueError for shapes, dtypes, devices or values that do not fit, UnsupportedError
         for a backend that cannot serve the call.
         """
         if torch.compiler.is_compiling():
-            if generator is None:
+            if generator is None and isinstance(rng, str) and rng == "torch":
                 return self._denoise_compiled(z, table, cfg, temperature, noise, step_noise, backend, dtype, batch_invariant)
-            untraced = torch.compiler.disable(self.denoise)  # cuts the program here: a generator is no operator's argument
-            return untraced(z, table, cfg, temperature, noise, step_noise, generator, backend, dtype, batch_invariant)
+            untraced = torch.compiler.disable(self.denoise)  # cuts the program here: neither is an operator's argument
+            return untraced(z, table, cfg, temperature, noise, step_noise, generator, backend, dtype, batch_invariant, rng)
         dtype = self.dtype if dtype is None else dtype
         cfg, temperature = _scalar("cfg", cfg), _scalar("temperature", temperature)
         self._check(z, table, cfg, temperature, dtype)
-        state_dtype = torch.promote_types(dtype, torch.float32)
+        check_rng(rng)
+        if isinstance(rng, Philox) and generator is not None:
+            raise ValueError(f"generator: expected None beside rng = {rng!r}, which has its seed, got {generator!r}")
+        chosen = backends.BACKENDS[backends.choose(backend, self.spec, dtype, z.device, len(z), batch_invariant)]
+        state_dtype, channels = torch.promote_types(dtype, torch.float32), self.spec.in_channels
         guided = cfg != 1.0
         trajectories = len(z) // 2 if guided else len(z)
 
@@ -460,16 +471,26 @@ class MLPHead:
             device = device if generator is None else generator.device
             return lambda shape, dtype: torch.randn(shape, dtype=dtype, device=device, generator=generator).to(z.device)
 
-        # Upstream draws the start with the CPU's generator, also for a model on a GPU, and the step noise where the model is.
-        draws = draw_on(torch.device("cpu")), draw_on(z.device)
-        drawn = draw_noise(table, len(z), self.spec.in_channels, guided, *draws, state_dtype, noise, step_noise)
+        philox = None
+        if rng == "torch":
+            # Upstream draws the start with the CPU's generator, also for a model on a GPU, and the step noise where the model is.
+            draws = draw_on(torch.device("cpu")), draw_on(z.device)
+            noise, step_noise = draw_noise(table, len(z), channels, guided, *draws, state_dtype, noise, step_noise)
+        elif noise is None or (step_noise is None and table.draws):
+            philox = rng if isinstance(rng, Philox) else Philox.drawn(generator)
+            numbers = functools.partial(
+                philox.normal, trajectories=trajectories, channels=channels, dtype=state_dtype, device=z.device
+            )
+            noise = numbers(range(1))[0] if noise is None else noise
+            if step_noise is None and table.draws and not chosen.draws():
+                step_noise = numbers(range(1, len(table) + 1))
         noise, step_noise = (
-            _trajectory_rows(name, tensor, z, trajectories, lead, self.spec.in_channels, state_dtype)
-            for name, tensor, lead in (("noise", drawn[0], ()), ("step_noise", drawn[1], (len(table),)))
+            _trajectory_rows(name, tensor, z, trajectories, lead, channels, state_dtype)
+            for name, tensor, lead in (("noise", noise, ()), ("step_noise", step_noise, (len(table),)))
         )
-        chosen = backends.choose(backend, self.spec, dtype, z.device, len(z), batch_invariant)
+        noise_of_steps = philox if step_noise is None and table.draws else step_noise
         with torch.autocast(z.device.type, enabled=False):
-            x = backends.BACKENDS[chosen].denoise(self, z.to(dtype), table, cfg, temperature, noise, step_noise, batch_invariant)
+            x = chosen.denoise(self, z.to(dtype), table, cfg, temperature, noise, noise_of_steps, batch_invariant)
         return torch.cat([x, x]) if guided else x
 
     def _denoise_compiled(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .. import profiling
 from ..checks import is_whole
 from ..heads.mlp import Draw, MLPHead, MLPNet, MLPSpec, draw_noise
+from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import DEFAULT_CLIP, Solver, resolve
 from ..training import diffusion_loss
@@ -273,6 +274,7 @@ class MAR(nn.Module):
         solver: str | Solver = "ddpm",
         clip: int | str | None = DEFAULT_CLIP,
         bsz: int | None = None,
+        rng: str | Philox = "torch",
     ) -> Tensor:
         """Generate images: `num_iter` autoregressive iterations, iteration k's tokens in T(k) denoising steps.
 
@@ -284,6 +286,9 @@ class MAR(nn.Module):
         orders: [B, seq_len] int64, each row a permutation; drawn if None.
         draw: draw(shape, dtype) -> Tensor replaces `generator` for the head's noise, called in upstream's order and shapes.
         solver, clip: see disa_fast.solvers.resolve. backend: see MLPHead.denoise.
+        rng: "torch", "philox" or a disa_fast.Philox, as in MLPHead.denoise, for the head's noise; `draw` must then be None, and
+            with a Philox `generator` gives the orders alone. Its streams are numbers of images, [B] or None for 0, 1, 2, ...:
+            the token at position p of image i draws from stream i * seq_len + p, whenever and beside whatever it is drawn.
 
         Returns [B, vae_embed_dim, H, W] latents. Raises ValueError for arguments that do not fit, among them more
         iterations than tokens.
@@ -293,9 +298,16 @@ class MAR(nn.Module):
             raise ValueError(f"cfg_schedule: expected 'linear' or 'constant', got {cfg_schedule!r}")
         if not is_whole(num_iter) or not 1 <= num_iter <= self.seq_len:
             raise ValueError(f"num_iter: expected 1 to {self.seq_len} iterations (one token each at least), got {num_iter!r}")
+        check_rng(rng)
+        if draw is not None and rng != "torch":
+            raise ValueError(f"draw: expected None beside rng = {rng!r}, got {draw!r}")
         batch = self._batch_size(labels, orders, bsz)
         if orders is None:
             orders = self.random_orders(batch, generator)
+        philox = Philox.drawn(generator) if rng == "philox" else rng if isinstance(rng, Philox) else None
+        if philox is not None:
+            images = philox.streams_of(batch, orders.device)
+            streams = images[:, None] * self.seq_len + torch.arange(self.seq_len, device=orders.device)
         guided = cfg != 1.0
         class_embedding = self.fake_latent.expand(batch, -1) if labels is None else self.class_emb(labels)
         if guided:
@@ -320,8 +332,9 @@ class MAR(nn.Module):
                     state_dtype = torch.promote_types(tokens.dtype, torch.float32)
                     drawn = draw_noise(table, len(z), self.token_embed_dim, guided, draw, draw, state_dtype)
                     noise, step_noise = (None if tensor is None else tensor.to(z.device) for tensor in drawn)
+                source = {"generator": generator} if philox is None else {"rng": Philox(philox.seed, streams[chosen])}
                 drawn = self.head.denoise(
-                    z, table, scale, temperature, noise=noise, step_noise=step_noise, generator=generator, backend=backend
+                    z, table, scale, temperature, noise=noise, step_noise=step_noise, backend=backend, **source
                 )
                 tokens[chosen] = (drawn.chunk(2)[0] if guided else drawn).to(tokens.dtype)
                 masked, count = still_masked, left
