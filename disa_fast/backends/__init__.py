@@ -5,11 +5,12 @@ A backend is one module with
     refuses(spec, dtype, device, rows, batch_invariant) -> str | None      None: it can serve the call; else the reason why not
     about(dtype) -> str                                                    what runs then, for explain
     captures() -> bool                                                     whether it keeps a CUDA graph for each shape of a call
+    draws() -> bool                                                        whether step_noise may be a Philox, drawn in its loop
     denoise(head, z, table, cfg, temperature, noise, step_noise, batch_invariant) -> Tensor
 
-where noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is [n, z_channels],
-or [2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as they come and
-knows no solver. batch_invariant: a row's bits may not depend on the rows beside it.
+where noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is [n, z_channels], or
+[2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as they come and knows no
+solver. batch_invariant: a row's bits may not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import UnsupportedError
-from . import cpu, hoisted, reference, triton
+from . import cpu, cuda, hoisted, reference, triton
 
 if TYPE_CHECKING:
     from ..heads.mlp import MLPSpec
 
-BACKENDS = {"triton": triton, "cpu": cpu, "hoisted": hoisted, "reference": reference}
+BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "hoisted": hoisted, "reference": reference}
 
 
 def survey(
     spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False
 ) -> dict[str, str | None]:
     """Each backend's answer to a call like this, the fastest first: None if it can serve it, else why not."""
-    fastest_first = sorted(BACKENDS, key=lambda name: name == "triton" and device.type == "cpu")  # interpreted there
-    return {name: BACKENDS[name].refuses(spec, dtype, device, rows, batch_invariant) for name in fastest_first}
+    names = list(BACKENDS)
+    if device.type == "cpu":
+        names = [*names[2:], "triton", "cuda"]  # interpreted there, if at all
+    elif rows > cuda.fastest_up_to(spec.width, device):
+        names[:2] = ["triton", "cuda"]
+    return {name: BACKENDS[name].refuses(spec, dtype, device, rows, batch_invariant) for name in names}
 
 
 def choose(name: str, spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str:

@@ -50,6 +50,10 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, 
     return None
 
 
+def draws() -> bool:
+    return False
+
+
 def captures() -> bool:
     return False
 
@@ -172,7 +176,7 @@ class PackedLinears:
 def linear(layer: _C.Linear, x: Tensor, silu: bool = False) -> Tensor:
     """x @ weight^T + bias, through SiLU or not. x: [rows, k or more] float32; the result has the layer's padded columns."""
     x = F.pad(x, (0, max(0, layer.k - x.shape[1]))).contiguous()
-    out = torch.empty(len(x), layer.columns)
+    out = torch.empty(len(x), layer.columns, device="cpu")  # also where another device is the default
     _C.linear(
         linear=layer,
         input=x.data_ptr(),

@@ -21,6 +21,10 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, 
     return "a library's matrix products, picked by size, are not batch-invariant" if batch_invariant else None
 
 
+def draws() -> bool:
+    return False
+
+
 def captures() -> bool:
     return False
 

@@ -8,9 +8,9 @@ not depend on the rows beside it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,15 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, 
     return None
 
 
+def draws() -> bool:
+    return False
+
+
 def captures() -> bool:
     return graphs.enabled()
+
+
+AnyShape = TypeVar("AnyShape", bound="Shape")
 
 
 @dataclass(frozen=True)
@@ -110,14 +117,21 @@ def denoise(
         return noise.clone()
     w = head.packed("triton", z.dtype, Weights)
     guided = cfg != 1.0
-    times, steps = w.time_table(table), w.step_table(table)
 
     def shape(rows: int) -> Shape:
         chosen = tiles.choose(w.gpu, DTYPES[z.dtype], w.spec.width, min(rows, tiles.FEW) if batch_invariant else rows)
         return Shape(len(table), rows, guided, step_noise is not None, chosen, _precision())
 
+    return replayed(w, shape, layout, loop, inputs(w, z, table, cfg, temperature, noise, step_noise), z, noise)
+
+
+def inputs(
+    w: Weights, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
+) -> Callable[[Buffers], None]:
+    """What fills the inputs of `loop`, in buffers for as many rows or more."""
+    times, steps, halves = w.time_table(table), w.step_table(table), 2 if cfg != 1.0 else 1
+
     def fill(buffers: Buffers) -> None:
-        halves = 2 if guided else 1
         for half, into in zip(z.chunk(halves), buffers["z"].chunk(halves), strict=True):
             into[: len(half)].copy_(half)
         buffers["times"].copy_(times)
@@ -128,12 +142,24 @@ def denoise(
         buffers["scalars"][0].fill_(cfg)
         buffers["scalars"][1].fill_(temperature)
 
-    def result(buffers: Buffers) -> Tensor:
-        return buffers["x"][: len(noise)].clone()
+    return fill
 
+
+def replayed(
+    w: Weights,
+    shape: Callable[[int], AnyShape],
+    layout: Callable[[Weights, AnyShape], Layout],
+    loop: Callable[[Weights, AnyShape, Buffers], None],
+    fill: Callable[[Buffers], None],
+    z: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """fill and loop, as the replay of a graph for the bucket of z's rows; launched one by one where there is none. shape: of a
+    number of rows. Returns what is left in x, as many rows as `noise` has."""
     with graphs.on_device(z.device):
         padded = shape(graphs.row_bucket(len(z)))
-        out = w.graphs.run(padded, len(z), functools.partial(layout, w, padded), fill, functools.partial(loop, w, padded), result)
+        lay_out, run = functools.partial(layout, w, padded), functools.partial(loop, w, padded)
+        out = w.graphs.run(padded, len(z), lay_out, fill, run, lambda buffers: buffers["x"][: len(noise)].clone())
         if out is None:
             exact = shape(len(z))
             buffers = graphs.allocate(layout(w, exact), z.device)
@@ -197,6 +223,16 @@ def loop(w: Weights, shape: Shape, b: Buffers) -> None:
     """All steps, on the current stream and without a wait of the host. Reads the inputs, leaves the tokens in x."""
     b["before"].zero_()
     input_projection(w, shape, b)
+    for steps, modulation in modulations(w, shape, b):
+        for i in steps:
+            for block in range(w.spec.depth):
+                first_half(w, shape, b, modulation[i - steps.start], block)
+                second_half(w, shape, b, modulation[i - steps.start], block)
+            sampler_step(w, shape, b, modulation[i - steps.start], i)
+
+
+def modulations(w: Weights, shape: Shape, b: Buffers) -> Iterator[tuple[range, Tensor]]:
+    """(steps, their modulation [steps, rows, modulation_width]), as many steps at a time as there is room for (H1 to H4)."""
     linear(b["z"], *w.cond, b["condition"], shape, shape.tiles.modulation)
     chunk = len(b["y"])
     for start in range(0, shape.steps, chunk):
@@ -205,11 +241,7 @@ def loop(w: Weights, shape: Shape, b: Buffers) -> None:
         torch.add(b["times"][steps.start : steps.stop, None], b["condition"], out=y)
         F.silu(y, inplace=True)
         linear(y.flatten(0, 1), *w.modulation, modulation.flatten(0, 1), shape, shape.tiles.modulation)
-        for i in steps:
-            for block in range(w.spec.depth):
-                first_half(w, shape, b, modulation[i - start], block)
-                second_half(w, shape, b, modulation[i - start], block)
-            sampler_step(w, shape, b, modulation[i - start], i)
+        yield steps, modulation
 
 
 # One launch each ------------------------------------------------------------------------------------------------------

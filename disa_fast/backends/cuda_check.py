@@ -1,0 +1,113 @@
+"""The persistent kernel phase by phase, in plain PyTorch: for a check at first use, and to name the first phase that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import graphs
+from ..heads.mlp import LN_EPS, MLPSpec
+from ..solvers import StepTable, ddpm
+from . import cuda
+
+if TYPE_CHECKING:
+    from ..graphs import Buffers
+    from ..heads.mlp import MLPHead
+
+TOLERANCE = 2e-2  # relative L2 error, of bfloat16 operands
+OTHER_WIDTHS = (256,)
+CHECK_PATIENCE = 200_000_000  # nanoseconds
+
+
+def phases(w: cuda.Weights, shape: cuda.Shape, b: Buffers, modulation: Tensor) -> Iterator[tuple[int, int, str, Tensor]]:
+    """(step, phase, name, value): what the kernel has after each of its phases, [rows, width], and at the end of a step the tokens,
+    [trajectories, channels]. Phase 0 is the input layer, 2i + 1 and 2i + 2 are the halves of block i. modulation: of all steps."""
+    halves, channels = 1 + shape.guided, w.spec.in_channels
+    x, before = b["x"].clone(), torch.zeros_like(b["x"])
+    for step, (row, parts) in enumerate(zip(b["steps"], modulation.float(), strict=True)):
+        parts = list(parts.split(w.spec.width, dim=-1))
+        h = F.linear(x, *(p.float() for p in w.input)).repeat(halves, 1)
+        yield step, 0, "h from the input layer", h
+        for i, layers in enumerate(w.blocks):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
+            (weight1, bias1), (weight2, bias2) = ((weight.float(), bias.float()) for weight, bias in layers)
+            u = F.silu(F.linear(_rounded(_norm(h) * scale + shift), weight1, bias1))
+            yield step, 2 * i + 1, f"u of block {i}", u
+            h = h + gate * F.linear(_rounded(u), weight2, bias2)
+            yield step, 2 * i + 2, f"h after block {i}", h
+        shift, scale = parts[-2:]
+        o, v = F.linear(_rounded(_norm(h) * scale + shift), *(p.float() for p in w.output)).split(channels, dim=-1)
+        if shape.guided:
+            (o, unconditional), v = o.chunk(2), v.chunk(2)[0]
+            o = unconditional + b["scalars"][0] * (o - unconditional)
+        x = row[0] * x + row[1] * o + row[2] * before
+        if shape.noisy:
+            x = x + (row[5] != 0) * torch.exp((row[3] + row[4] * v) / 2) * b["noise"][step] * b["scalars"][1]
+        before = o
+        yield step, 2 * w.spec.depth + 1, "the tokens", x
+
+
+def _norm(h: Tensor) -> Tensor:
+    return F.layer_norm(h, h.shape[-1:], eps=LN_EPS)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+def first_wrong_phase(
+    head: MLPHead, z: Tensor, table: StepTable, cfg: float, noise: Tensor, step_noise: Tensor | None, tolerance: float = TOLERANCE
+) -> str | None:
+    """Run the kernel again and again, each time one phase further, and say where it first differs from `phases`.
+
+    Returns such as "step 3: u of block 1, relative error 0.8", or None if nowhere. Arguments as MLPHead.denoise checks them, with
+    all noise given. Compiles a kernel that can stop, at first use.
+    """
+    w = head.packed("cuda", torch.bfloat16, cuda.Weights)
+    shape = cuda.Shape(len(table), len(z), cfg != 1.0, step_noise is not None, *cuda.HOISTS)
+    b = graphs.allocate(cuda.layout(w, shape), z.device)
+    cuda.triton.inputs(w, z.bfloat16(), table, cfg, 1.0, noise, step_noise)(b)
+    modulation = torch.cat([part.clone() for _, part in cuda.triton.modulations(w, shape, b)])
+    stopping = cuda.stopping(z.device)
+    for step, phase, name, expected in phases(w, shape, b, modulation):
+        b["x"].copy_(noise)
+        b["before"].zero_()
+        if phase <= 2 * w.spec.depth:
+            found = torch.full_like(expected, torch.nan)
+            cuda.launch(
+                w, shape, b, range(len(table)), modulation, stopping, dump=found.data_ptr(), stop_step=step, stop_phase=phase
+            )
+        else:
+            cuda.launch(w, shape, b, range(step + 1), modulation[: step + 1], stopping)
+            found = b["x"]
+        error = float((found - expected).norm() / expected.norm())
+        if not error < tolerance:
+            return f"step {step}: {name}, relative error {error:.2g}"
+    return None
+
+
+def is_wrong(on: cuda.Gpu, device: torch.device) -> str | None:
+    """Two steps of a small head of each entry's width, guided, against `phases`: None if all are right. For a first use on a GPU,
+    where a launch whose blocks cannot all run at once (limits of MPS, other programs) would not come to its end."""
+    generator = torch.Generator().manual_seed(0)
+    for width in (*cuda.WIDTHS, *OTHER_WIDTHS):
+        spec, rows, table = MLPSpec(16, width, 1, 16), 4, ddpm(2)
+        p = {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in spec.shapes().items()}
+        w = cuda.Weights({name: tensor.to(device, torch.bfloat16) for name, tensor in p.items()}, spec)
+        shape = cuda.Shape(len(table), rows, True, True, *cuda.HOISTS)
+        b = graphs.allocate(cuda.layout(w, shape, on), device)
+        for name in ("x", "noise", "modulation"):
+            b[name].copy_(torch.randn(b[name].shape, generator=generator))
+        b["steps"].copy_(w.step_table(table))
+        b["scalars"].copy_(torch.tensor([2.0, 1.0]))
+        b["before"].zero_()
+        *_, (_, _, _, expected) = phases(w, shape, b, b["modulation"])
+        cuda.launch(w, shape, b, range(len(table)), b["modulation"], on, patience=CHECK_PATIENCE)
+        error = float((b["x"] - expected).norm() / expected.norm())
+        if not error < TOLERANCE:
+            return f"a check at first use failed on this GPU: width {width}, relative error {error:.2g}, expected below {TOLERANCE}"
+    return None

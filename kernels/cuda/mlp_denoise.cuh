@@ -1,0 +1,571 @@
+// The denoising loop of an MLP head in one launch: all steps, for up to kRows rows a group of blocks.
+//
+// For every step, and every block of the network
+//     u = silu(W1 (norm(h) * scale + shift) + b1)
+//     h = h + gate * (W2 u + b2)
+// then the final layer, guidance, a row of the solver's table, and h of the next step from x: the formulas of
+// disa_fast/heads/mlp.py and disa_fast/solvers/table.py, with hoists H1 to H6.
+//
+// Every thread block owns tiles of 8 columns of every layer: those weights, which stay in its shared memory as far as they fit
+// and else stream through a ring there, and those columns of h, in float32. Activations go from each to all through level 2.
+// There is no grid barrier. A word says by its two lowest bits which exchange it belongs to, so whoever needs it reads until it is
+// there: one way to level 2 and one back, where data, fence, counter and data again are four. No word is overwritten too early: who
+// has all of an exchange knows that all others have had all of the exchange before it; u has one buffer, with h between two of its
+// exchanges, h has two, since h of the next step follows h of the last block.
+//
+// A row's bits depend on nothing but the row: the order of every sum is fixed by the width alone.
+#pragma once
+
+#if defined(__CUDACC__)
+#include "ptx.cuh"
+#else
+#include "host_cuda/ptx.h"
+#endif
+
+#ifndef DISA_FAST_WARPS
+#define DISA_FAST_WARPS 16
+#endif
+
+namespace disa_fast::cuda {
+
+constexpr int kWarps = DISA_FAST_WARPS;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTile = kRows * kColumns;
+constexpr int kPad = 8;  // elements behind a row of activations, so that a matrix is read without bank conflicts
+constexpr int kTokenValues = kRows * kChannels;
+constexpr int kTokenValuesEach = (kTokenValues + kThreads - 1) / kThreads;
+constexpr int kMaxRing = 4;
+constexpr float kEps = 1e-6f;
+static_assert(kWarps % kOutTiles == 0 && kThreads >= kTile, "a tile is summed up in one go, the output layer in whole parts");
+
+// Shared memory of a block: bytes from its start
+constexpr int kStateAt = 0;                             // x [kRows][kChannels]
+constexpr int kBeforeAt = kStateAt + 4 * kTokenValues;  // the same
+constexpr int kClockAt = kBeforeAt + 4 * kTokenValues;  // when the launch began, u64; whether it has given up, u32
+constexpr int kOutBiasAt = kClockAt + 16;               // [2 * kChannels]
+constexpr int kPartialAt =
+    kOutBiasAt + 8 * kChannels;  // [1, or 2 where a block owns several tiles][kWarps][kRows][kColumns], of sums
+// p.activations_at: [rows][width + kPad] bfloat16
+// p.own_at: for each of the block's tiles h [kRows][kColumns], the input layer's weights [kColumns][kChannels + 1] and bias
+// [kColumns] p.units_at: units of weights that stay, first the output layer's, and p.ring of those that stream
+constexpr int kOwn = kTile + kColumns * (kChannels + 1) + kColumns;
+
+// The words of an exchange: a float32 whose two lowest bits count exchanges.
+__device__ __forceinline__ float value_of(u32 word) { return as_float(word & ~3u); }
+__device__ __forceinline__ u32 word_of(float value, u32 exchange) { return (as_bits(value) & ~3u) | (exchange & 3u); }
+__device__ __forceinline__ bool all_of(uint4 words, u32 exchange) {
+  const u32 other = ((words.x ^ exchange) | (words.y ^ exchange) | (words.z ^ exchange) | (words.w ^ exchange)) & 3u;
+  return other == 0;
+}
+
+// What a lane needs of a row, asked for once and kept in registers; for a width that is not known, asked for again each time.
+template <class T, int kCount>
+struct Kept {
+  T values[kCount];
+  template <class Load>
+  __device__ __forceinline__ void fill(Load load) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = load(i);
+  }
+  template <class Load>
+  __device__ __forceinline__ T at(int i, Load) const {
+    return values[i];
+  }
+};
+
+template <class T>
+struct Kept<T, 0> {
+  template <class Load>
+  __device__ __forceinline__ void fill(Load) {}
+  template <class Load>
+  __device__ __forceinline__ T at(int i, Load load) const {
+    return load(i);
+  }
+};
+
+// kWidth: of the head, or 0 for any multiple of 16.
+template <int kWidth>
+class Loop {
+ public:
+  __device__ explicit Loop(const MlpDenoise& call) : p(call), thread(threadIdx.x) {
+    stride = gridDim.x / p.groups;
+    group = blockIdx.x / stride;
+    block = blockIdx.x % stride;
+    const int each = p.trajectories / p.groups, more = p.trajectories % p.groups;
+    n = each + (group < more);
+    first = group * each + (group < more ? group : more);
+    rows = p.guided ? 2 * n : n;
+    tiles = (width() / kColumns - block + stride - 1) / stride;
+  }
+
+  __device__ void run() {
+    load_weights();
+    load_state();
+    __syncthreads();
+    project_input(0);
+    for (step = 0; step < p.steps; ++step) {
+      if (stops(0)) return;
+      for (int i = 0; i < p.depth; ++i) {
+        first_half(i);
+        if (stops(2 * i + 1)) return;
+        second_half(i);
+        if (stops(2 * i + 2)) return;
+      }
+      finish_step();
+    }
+    store_state();
+  }
+
+ private:
+  // Phases --------------------------------------------------------------------------------------------------------------
+
+  // u = silu(W1 (norm(h) * scale + shift) + b1)
+  __device__ void first_half(int i) {
+    thread = opaque(thread);
+    const auto ahead = [&](int tile) { return is_output() ? load_ahead(p.bias + 2 * i * width() + column_of(tile)) : 0.f; };
+    float bias = ahead(0);
+    gather_normalized(h_exchange(i), 3 * i * width());
+    layer(2 * i, [&](int tile, float sum) {
+      const float hidden = sum + bias;
+      publish(u_words(), u_exchange(i), tile, silu(hidden), 2 * i + 1);
+      if (tile + 1 < tiles) bias = ahead(tile + 1);
+    });
+  }
+
+  // h = h + gate * (W2 u + b2)
+  __device__ void second_half(int i) {
+    thread = opaque(thread);
+    float bias = 0, gate = 0;
+    const auto ahead = [&](int tile) {
+      if (!is_output()) return;
+      bias = load_ahead(p.bias + (2 * i + 1) * width() + column_of(tile));
+      gate = load_ahead_bfloat16(modulation_of(output_row()) + (3 * i + 2) * width() + column_of(tile));
+    };
+    ahead(0);
+    gather_hidden(u_exchange(i));
+    layer(2 * i + 1, [&](int tile, float sum) {
+      float& h = residual(tile)[thread];
+      h += gate * (sum + bias);
+      publish(h_words(h_exchange(i + 1)), h_exchange(i + 1), tile, h, 2 * i + 2);
+      if (tile + 1 < tiles) ahead(tile + 1);
+    });
+  }
+
+  // Final layer, guidance, the solver's update, and h of the next step; all blocks of a group do the same for all its tokens.
+  __device__ void finish_step() {
+    thread = opaque(thread);
+    float noise[kTokenValuesEach];
+#pragma unroll
+    for (int j = 0; j < kTokenValuesEach; ++j) noise[j] = noise_of(thread + j * kThreads);
+
+    gather_normalized(h_exchange(p.depth), 3 * p.depth * width());
+    __syncthreads();
+    const float* row = p.table + step * kTableColumns;
+    const float a = load_ahead(row), b = load_ahead(row + 1), c = load_ahead(row + 2), l0 = load_ahead(row + 3),
+                l1 = load_ahead(row + 4), noisy = load_ahead(row + 5), cfg = load_ahead(p.scalars),
+                temperature = load_ahead(p.scalars + 1);
+    const int tile = warp() % kOutTiles;
+    if (p.out_resident)
+      products<kWarps / kOutTiles>(reinterpret_cast<const uint2*>(out_unit(tile)), warp() / kOutTiles, partial(warp()));
+    else
+      products<kWarps / kOutTiles>(p.units + size_t(out_place(tile)) * (unit_bytes() / 8), warp() / kOutTiles, partial(warp()));
+    __syncthreads();
+
+#pragma unroll
+    for (int j = 0; j < kTokenValuesEach; ++j) {
+      const int t = (thread + j * kThreads) / kChannels, channel = (thread + j * kThreads) % kChannels;
+      if (t >= n || channel >= p.channels) continue;
+      float o = network_output(t, channel);
+      if (p.guided) {
+        const float unconditional = network_output(n + t, channel);
+        o = unconditional + cfg * (o - unconditional);
+      }
+      float& state = x()[t * kChannels + channel];
+      float& last = before()[t * kChannels + channel];
+      float next = a * state + b * o + c * last;
+      if (noisy != 0) next += expf((l0 + l1 * network_output(t, kChannels + channel)) / 2) * noise[j] * temperature;
+      state = next;
+      last = o;
+    }
+    __syncthreads();
+    if (step + 1 < p.steps) project_input(step + 1);
+  }
+
+  // h of step `of` from x
+  __device__ void project_input(int of) {
+    const u32 exchange = of * (p.depth + 1) + 1;
+#pragma unroll 1
+    for (int o = thread; o < tiles * kTile; o += kThreads) {
+      const int tile = o / kTile, row = o % kTile / kColumns, column = o % kColumns;
+      if (row >= rows) continue;
+      const float *token = x() + (row < n ? row : row - n) * kChannels, *weight = in_weight(tile) + column * (kChannels + 1);
+      float sum = in_bias(tile)[column];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) sum += token[c] * weight[c];
+      residual(tile)[o % kTile] = sum;
+      const int own = (block + tile * stride) * kColumns + column;
+      store_word(h_words(exchange) + row * width() + own, word_of(sum, exchange));
+      dump(of, 0, row, own, sum);
+    }
+  }
+
+  // Activations, from all blocks to this one's shared memory ------------------------------------------------------------------
+
+  // norm(h) * scale + shift; shift begins at `column` of the modulation, scale a width behind. A warp takes a row.
+  __device__ void gather_normalized(u32 exchange, int column) {
+#pragma unroll 1
+    for (int row = warp(); row < rows; row += kWarps) {
+      thread = opaque(thread);
+      const u32* words = h_words(exchange) + row * width();
+      const u16* modulation = modulation_of(row) + column;
+      const auto load_scale = [&](int i) {
+        return load_ahead(reinterpret_cast<const uint2*>(modulation + width() + lane_column(i)));
+      };
+      const auto load_h = [&](int i) { return load_or_lose(words, i); };
+      // Ahead, since they do not depend on h: scale to registers, shift to where the result will be.
+      Kept<uint2, kEach> scales;
+      Kept<uint4, kEach> h;
+      for_each([&](int i) { copy_async<8>(activations(row) + lane_column(i), modulation + lane_column(i)); });
+      end_group_of_copies();
+      scales.fill(load_scale);
+      wait_for(words, exchange, h);
+
+      float sum = 0;
+      for_each([&](int i) {
+        const uint4 w = h.at(i, load_h);
+        sum += (value_of(w.x) + value_of(w.y)) + (value_of(w.z) + value_of(w.w));
+      });
+      thread = opaque(thread);
+      const float mean = sum_of_warp(sum) * (1.f / width());
+      float squares = 0;
+      for_each([&](int i) {
+        const uint4 w = h.at(i, load_h);
+        const float d[4] = {value_of(w.x) - mean, value_of(w.y) - mean, value_of(w.z) - mean, value_of(w.w) - mean};
+        squares += (d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3]);
+      });
+      wait_for_copies<0>();
+      const float inverse = reciprocal_root(sum_of_warp(squares) * (1.f / width()) + kEps);
+      for_each([&](int i) {
+        const uint4 w = h.at(i, load_h);
+        uint2& m = *reinterpret_cast<uint2*>(activations(row) + lane_column(i));
+        const uint2 shift = m, scale = scales.at(i, load_scale);
+        const auto modulated = [&](u32 word, u32 scale_bits, u32 shift_bits) {
+          return (value_of(word) - mean) * inverse * as_float(scale_bits) + as_float(shift_bits);
+        };
+        m = {pack_bfloat16(modulated(w.x, scale.x << 16, shift.x << 16), modulated(w.y, scale.x & kHigh, shift.x & kHigh)),
+             pack_bfloat16(modulated(w.z, scale.y << 16, shift.y << 16), modulated(w.w, scale.y & kHigh, shift.y & kHigh))};
+      });
+    }
+  }
+
+  // u, rounded
+  __device__ void gather_hidden(u32 exchange) {
+#pragma unroll 1
+    for (int row = warp(); row < rows; row += kWarps) {
+      const u32* words = u_words() + row * width();
+      const auto load_u = [&](int i) { return load_or_lose(words, i); };
+      Kept<uint4, kEach> u;
+      wait_for(words, exchange, u);
+      for_each([&](int i) {
+        const uint4 w = u.at(i, load_u);
+        const uint2 m = {pack_bfloat16(value_of(w.x), value_of(w.y)), pack_bfloat16(value_of(w.z), value_of(w.w))};
+        *reinterpret_cast<uint2*>(activations(row) + lane_column(i)) = m;
+      });
+    }
+  }
+
+  // Until all words of a row belong to `exchange`. First a lane's last four alone, so that blocks that wait leave level 2 to
+  // those that write.
+  template <int kCount>
+  __device__ __forceinline__ void wait_for(const u32* words, u32 exchange, Kept<uint4, kCount>& kept) {
+    if constexpr (kCount > 0) {
+      wait_for_quadruple(words, exchange, kCount - 1);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) kept.values[i] = load_or_lose(words, i);
+      for (u32 tries = 1;; ++tries) {
+        bool there = true;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) there &= all_of(kept.values[i], exchange);
+        if (there || lost) return;
+        lost = tries % 64 == 0 && has_given_up();
+        pause();
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) kept.values[i] = load_or_lose(words, i);
+      }
+    } else {
+      for_each([&](int i) { wait_for_quadruple(words, exchange, i); });
+    }
+  }
+
+  __device__ __forceinline__ void wait_for_quadruple(const u32* words, u32 exchange, int i) {
+    for (u32 tries = 1; !lost && !all_of(load_words(words + lane_column(i)), exchange); ++tries) {
+      lost = tries % 64 == 0 && has_given_up();
+      pause();
+    }
+  }
+
+  // NaN once this thread has waited too long, which spreads from here to all blocks.
+  __device__ __forceinline__ uint4 load_or_lose(const u32* words, int i) const {
+    return lost ? uint4{~0u, ~0u, ~0u, ~0u} : load_words(words + lane_column(i));
+  }
+
+  __device__ bool has_given_up() {
+    if (!raised(gave_up()) && nanoseconds() - *shared<u64>(kClockAt) > p.patience) raise(gave_up());
+    return raised(gave_up());
+  }
+
+  // Products ------------------------------------------------------------------------------------------------------------------
+
+  // store(tile, sum) for each output of the block's tiles of a layer, by the thread of that output. The activations' writers need
+  // not have waited for each other.
+  template <class Store>
+  __device__ __forceinline__ void layer(int number, Store store) {
+    thread = opaque(thread);
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int index = number * tiles + tile;
+      const bool streams = index >= p.resident;
+      if (streams) wait_for_next_unit();
+      if (streams || tile == 0) __syncthreads();
+      float* sums = partial(tile % 2 * kWarps);
+      products<kWarps>(reinterpret_cast<const uint2*>(streams ? slot(in_use) : unit(index)), warp(), sums + warp() * kTile);
+      __syncthreads();
+      if (streams) {
+        stream_next_unit(in_use);
+        in_use = in_use + 1 == p.ring ? 0 : in_use + 1;
+      }
+      if (is_output()) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += sums[w * kTile + thread];
+        store(tile, sum);
+      }
+    }
+  }
+
+  // Part `part` of kParts of the sums of activations [rows, width] times a unit, by a warp; sums: [kRows][kColumns]. Rows beyond
+  // the group's are the last row again.
+  template <int kParts>
+  __device__ __forceinline__ void products(const uint2* unit, int part, float* sums) {
+    const int pieces = width() / 16, begin = pieces * part / kParts;
+    const int count = pieces % kParts == 0 ? pieces / kParts : pieces * (part + 1) / kParts - begin;
+    const int row = lane() % 16 < rows ? lane() % 16 : rows - 1;
+    const u16* from = activations(row) + lane() / 16 * 8 + begin * 16;
+    unit += begin * 32 + lane();
+    float4 even = {0, 0, 0, 0}, odd = {0, 0, 0, 0};  // two sums, so that an instruction need not wait for the one before
+#pragma unroll 4
+    for (int k = 0; k + 1 < count; k += 2) {
+      multiply_add(even, load_matrix(from + k * 16), unit[k * 32]);
+      multiply_add(odd, load_matrix(from + k * 16 + 16), unit[k * 32 + 32]);
+    }
+    if (count % 2) multiply_add(even, load_matrix(from + count * 16 - 16), unit[count * 32 - 32]);
+    float* to = sums + lane() / 4 * kColumns + lane() % 4 * 2;
+    *reinterpret_cast<float2*>(to) = {even.x + odd.x, even.y + odd.y};
+    *reinterpret_cast<float2*>(to + 8 * kColumns) = {even.z + odd.z, even.w + odd.w};
+  }
+
+  // (o, v) of the final layer: one value of a row, all parts of the sum.
+  __device__ float network_output(int row, int output) {
+    float sum = shared<float>(kOutBiasAt)[output];
+    const int tile = output / kColumns;
+    for (int w = tile; w < kWarps; w += kOutTiles) sum += partial(w)[row * kColumns + output % kColumns];
+    return sum;
+  }
+
+  // Tells all blocks an output of this one.
+  __device__ __forceinline__ void publish(u32* words, u32 exchange, int tile, float value, int phase) {
+    store_word(words + output_row() * width() + column_of(tile), word_of(value, exchange));
+    dump(step, phase, output_row(), column_of(tile), value);
+  }
+
+  // Weights -------------------------------------------------------------------------------------------------------------------
+
+  __device__ void load_weights() {
+    const int own = 2 * p.depth * tiles;
+    if (p.out_resident)
+      for (int tile = 0; tile < kOutTiles; ++tile) copy_unit(out_unit(tile), out_place(tile));
+    for (int index = 0; index < p.resident && index < own; ++index) copy_unit(unit(index), place_of(index));
+    end_group_of_copies();
+    to_stream = p.resident;
+    left = p.resident < own ? p.steps * (own - p.resident) : 0;
+    for (int i = 0; i < p.ring; ++i) stream_next_unit(i);
+    wait_for_all_but(p.ring);
+  }
+
+  __device__ void stream_next_unit(int into) {
+    if (left > 0) {
+      copy_unit(slot(into), place_of(to_stream));
+      to_stream = to_stream + 1 == 2 * p.depth * tiles ? p.resident : to_stream + 1;
+      --left;
+    }
+    end_group_of_copies();
+  }
+
+  __device__ void wait_for_next_unit() { wait_for_all_but(p.ring - 1); }
+
+  __device__ static void wait_for_all_but(int groups) {
+    static_assert(kMaxRing == 4, "one case for each");
+    switch (groups) {
+      case 0:
+        return wait_for_copies<0>();
+      case 1:
+        return wait_for_copies<1>();
+      case 2:
+        return wait_for_copies<2>();
+      case 3:
+        return wait_for_copies<3>();
+      default:
+        return wait_for_copies<4>();
+    }
+  }
+
+  __device__ void copy_unit(char* to, int place) {
+    const char* from = reinterpret_cast<const char*>(p.units) + size_t(place) * unit_bytes();
+    for (int at = 16 * thread; at < unit_bytes(); at += 16 * kThreads) copy_async<16>(to + at, from + at);
+  }
+
+  // Of a unit of this block (layer * tiles + tile) among all blocks'.
+  __device__ int place_of(int index) const { return index / tiles * (width() / kColumns) + block + index % tiles * stride; }
+  __device__ int out_place(int tile) const { return 2 * p.depth * (width() / kColumns) + tile; }
+
+  // State ---------------------------------------------------------------------------------------------------------------------
+
+  __device__ void load_state() {
+    if (thread == 0) {
+      *gave_up() = 0;
+      *shared<u64>(kClockAt) = nanoseconds();
+    }
+    if (thread < 2 * kChannels) shared<float>(kOutBiasAt)[thread] = load_ahead(p.out_bias + thread);
+    for (int o = thread; o < kTokenValues; o += kThreads) {
+      const int t = o / kChannels, channel = o % kChannels;
+      const bool live = t < n && channel < p.channels;
+      x()[o] = live ? p.x[(first + t) * p.channels + channel] : 0;
+      before()[o] = live ? p.before[(first + t) * p.channels + channel] : 0;
+    }
+    for (int o = thread; o < tiles * kColumns; o += kThreads) {
+      const int column = (block + o / kColumns * stride) * kColumns + o % kColumns;
+      in_bias(o / kColumns)[o % kColumns] = load_ahead(p.in_bias + column);
+      float* weight = in_weight(o / kColumns) + o % kColumns * (kChannels + 1);
+      for (int c = 0; c < kChannels; ++c) weight[c] = load_ahead(p.in_weight + column * kChannels + c);
+    }
+  }
+
+  // The group's blocks all have the same. None reads p.x later than before its first exchange, which this one has had.
+  __device__ void store_state() {
+    if (block != 0) return;
+    for (int o = thread; o < n * kChannels; o += kThreads) {
+      const int t = o / kChannels, channel = o % kChannels;
+      if (channel >= p.channels) continue;
+      p.x[(first + t) * p.channels + channel] = x()[o];
+      p.before[(first + t) * p.channels + channel] = before()[o];
+    }
+  }
+
+  // Standard normal, for value o = trajectory * kChannels + channel of the group's tokens.
+  __device__ float noise_of(int o) {
+    const int t = o / kChannels, channel = o % kChannels;
+    if (t >= n || channel >= p.channels) return 0;
+    if (p.philox != nullptr) return philox_normal(first + t, channel);
+    if (p.noise == nullptr) return 0;
+    return load_ahead(p.noise + (size_t(step) * p.trajectories + first + t) * p.channels + channel);
+  }
+
+  // Philox4x32-10 and Box-Muller, number for number what disa_fast/philox.py draws.
+  __device__ float philox_normal(int trajectory, int channel) {
+    const u64 seed = p.philox[0], stream = p.philox[1 + trajectory];
+    u32 key0 = u32(seed), key1 = u32(seed >> 32);
+    u32 c0 = u32(p.first_step + step + 1), c1 = u32(channel / 4), c2 = u32(stream), c3 = u32(stream >> 32);
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+      const u32 high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+      const u32 high1 = multiply_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+      c0 = high1 ^ c1 ^ key0;
+      c1 = low1;
+      c2 = high0 ^ c3 ^ key1;
+      c3 = low0;
+    }
+    const u32 r = channel % 4 < 2 ? c0 : c2, angle = channel % 4 < 2 ? c1 : c3;
+    const float radius = sqrtf(-2 * logf(float((r >> 8) + 1) * 0x1p-24f));
+    const float turns = 2 * float(angle >> 8) * 0x1p-24f;
+    return radius * (channel % 2 ? sinpif(turns) : cospif(turns));
+  }
+
+  // Where things are ----------------------------------------------------------------------------------------------------------
+
+  static constexpr int kEach = kWidth / 128;  // quadruples of columns that a lane has of a row
+  static constexpr u32 kHigh = 0xffff0000u;
+  static_assert(kWidth % 128 == 0, "a warp reads whole rows");
+
+  template <class T>
+  __device__ __forceinline__ static T* shared(int at) {
+    return reinterpret_cast<T*>(shared_memory + at);
+  }
+  __device__ float* partial(int of) const { return shared<float>(kPartialAt) + of * kTile; }
+  __device__ float* x() const { return shared<float>(kStateAt); }
+  __device__ float* before() const { return shared<float>(kBeforeAt); }
+  __device__ u32* gave_up() const { return shared<u32>(kClockAt + 8); }
+  __device__ u16* activations(int row) const { return shared<u16>(p.activations_at) + row * (width() + kPad); }
+  __device__ float* residual(int tile) const { return shared<float>(p.own_at) + tile * kOwn; }
+  __device__ float* in_weight(int tile) const { return residual(tile) + kTile; }
+  __device__ float* in_bias(int tile) const { return in_weight(tile) + kColumns * (kChannels + 1); }
+  __device__ char* out_unit(int tile) const { return shared_memory + p.units_at + tile * unit_bytes(); }
+  __device__ char* unit(int index) const { return out_unit(p.out_resident ? kOutTiles : 0) + index * unit_bytes(); }
+  __device__ char* slot(int index) const { return unit(p.resident) + index * unit_bytes(); }
+  __device__ u32* h_words(u32 exchange) const { return p.words + (group * 3 + int(exchange % 2)) * kRows * width(); }
+  __device__ u32* u_words() const { return p.words + (group * 3 + 2) * kRows * width(); }
+
+  // How often h and u have been told by the end of a block's half
+  __device__ u32 h_exchange(int i) const { return step * (p.depth + 1) + i + 1; }
+  __device__ u32 u_exchange(int i) const { return step * p.depth + i + 1; }
+
+  __device__ int width() const { return kWidth ? kWidth : p.width; }
+  __device__ int unit_bytes() const { return 16 * width(); }
+  __device__ int lane_column(int i) const { return (i * 32 + lane()) * 4; }
+
+  template <class F>
+  __device__ __forceinline__ void for_each(F f) const {
+    if constexpr (kWidth > 0) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) f(i);
+    } else {
+      for (int i = 0; lane_column(i) < width(); ++i) f(i);
+    }
+  }
+
+  // Output of a tile that a thread sums up and stores
+  __device__ int output_row() const { return thread / kColumns; }
+  __device__ bool is_output() const { return output_row() < rows; }
+  __device__ int column_of(int tile) const { return (block + tile * stride) * kColumns + thread % kColumns; }
+
+  __device__ int warp() const { return thread / 32; }
+  __device__ int lane() const { return thread % 32; }
+
+  // Of a group's row among all
+  __device__ int row_of(int row) const { return row < n ? first + row : p.trajectories + first + row - n; }
+
+  __device__ const u16* modulation_of(int row) const {
+    const size_t all = p.guided ? 2 * p.trajectories : p.trajectories;
+    return p.modulation + (step * all + row_of(row)) * size_t(3 * p.depth + 2) * width();
+  }
+
+  // For cuda_check.py: the launch ends after a phase, and leaves its outputs in p.dump.
+#ifdef DISA_FAST_STOP
+  __device__ bool stops(int phase) const { return step == p.stop_step && phase == p.stop_phase; }
+  __device__ void dump(int of, int phase, int row, int column, float value) const {
+    if (of == p.stop_step && phase == p.stop_phase) p.dump[row_of(row) * width() + column] = value;
+  }
+#else
+  __device__ static bool stops(int) { return false; }
+  __device__ static void dump(int, int, int, int, float) {}
+#endif
+
+  const MlpDenoise& p;
+  int thread;
+  int group, block, stride;  // of the grid; of the group; how many, hence between tiles of one block
+  int first, n, rows;        // trajectories and rows of the group
+  int tiles;                 // that this block owns in every layer
+  int step = 0;
+  bool lost = false;                        // whether this thread has waited for too long
+  int in_use = 0, to_stream = 0, left = 0;  // of the ring: slot; unit to stream next, and how many
+};
+
+}  // namespace disa_fast::cuda

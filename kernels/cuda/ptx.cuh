@@ -1,0 +1,129 @@
+// The instructions that mlp_denoise.cuh is made of. tests/host_cuda/ptx.h has the same names in plain C++.
+#pragma once
+
+#include "mlp_denoise.h"
+
+namespace disa_fast::cuda {
+
+extern __shared__ __align__(128) char shared_memory[];
+
+// Words that blocks tell each other -------------------------------------------------------------------------------------
+
+// Each of the four words is read whole, and from level 2, where other multiprocessors write.
+__device__ __forceinline__ uint4 load_words(const u32* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_word(u32* to, u32 word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ void pause() {}
+
+__device__ __forceinline__ u64 nanoseconds() {
+  u64 t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+
+// A flag in shared memory that threads raise and read without waiting for each other.
+__device__ __forceinline__ void raise(u32* flag) { asm volatile("st.relaxed.cta.u32 [%0], 1;" ::"l"(flag) : "memory"); }
+
+__device__ __forceinline__ bool raised(const u32* flag) {
+  u32 value;
+  asm volatile("ld.relaxed.cta.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value != 0;
+}
+
+// What nobody writes during the launch ----------------------------------------------------------------------------------
+
+// Volatile, since they are asked for ahead: the compiler is not to move them behind the waiting that hides them.
+__device__ __forceinline__ float load_ahead(const float* from) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_ahead(const uint2* from) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+
+__device__ __forceinline__ float load_ahead_bfloat16(const u16* from) {
+  u16 bits;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(bits) : "l"(from));
+  return __uint_as_float(u32(bits) << 16);
+}
+
+// Copies into shared memory that go on in the background, in groups
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  const u32 address = u32(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
+}
+
+__device__ __forceinline__ void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// The same value, of which the compiler knows nothing.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Arithmetic ------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ u32 as_bits(float value) { return __float_as_uint(value); }
+
+__device__ __forceinline__ u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
+
+__device__ __forceinline__ u32 pack_bfloat16(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// To a few units in the last place, which bfloat16 does not see
+__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1 + __expf(-value)); }
+__device__ __forceinline__ float reciprocal_root(float value) { return rsqrtf(value); }
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  return value;
+}
+
+// The four 8 x 8 matrices of a 16 x 16 one, as the matrix instruction wants its first operand: `row` is where the row
+// lane % 16 of columns 8 * (lane / 16) to + 7 starts in shared memory.
+__device__ __forceinline__ uint4 load_matrix(const void* row) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(u32(__cvta_generic_to_shared(row)))
+               : "memory");
+  return v;
+}
+
+// c [16, 8] += a [16, 16] b [16, 8], bfloat16 products, float32 sums. A lane has c[lane/4][2*(lane%4) + 0, 1] in x, y and the same
+// of row lane/4 + 8 in z, w; of b it has [2*(lane%4) + 0, 1][lane/4] in x and the same of k + 8 in y.
+__device__ __forceinline__ void multiply_add(float4& c, uint4 a, uint2 b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+}
+
+}  // namespace disa_fast::cuda

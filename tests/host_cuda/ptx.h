@@ -1,0 +1,228 @@
+// The names of kernels/cuda/ptx.cuh in plain C++, for a machine without a GPU: a thread of the system for each of CUDA's, barriers
+// for
+// __syncthreads and for what a warp does together, relaxed atomics for the words between blocks, a loop for the matrix instruction.
+//
+// A background copy spoils its target when it is asked for, and fills it only when it is waited for: real ones may do either at any
+// time in between. So a copy that comes too early, and a wait that is missing, both show.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __syncthreads() ::disa_fast::cuda::host::sync_threads(__LINE__)
+#define shared_memory (::disa_fast::cuda::host::here.block->shared.data())
+
+struct uint2 {
+  unsigned int x, y;
+};
+struct uint4 {
+  unsigned int x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct Index {
+  unsigned int x;
+};
+
+#include "mlp_denoise.h"
+
+inline thread_local Index threadIdx, blockIdx, gridDim;
+
+namespace disa_fast::cuda {
+namespace host {
+
+// What the lanes of a warp show each other. Two places in turns, since a lane may be one exchange ahead of another, never two.
+struct Lanes {
+  float values[32];
+  const u16* rows[32];
+  uint4 a[32];
+  uint2 b[32];
+};
+
+struct Warp {
+  std::barrier<> barrier{32};
+  Lanes lanes[2];
+};
+
+struct Block {
+  Block(int threads, size_t shared_bytes) : barrier(threads), warps(threads / 32), shared(shared_bytes, char(0xff)) {}
+  std::barrier<> barrier;
+  std::vector<Warp> warps;
+  std::vector<char> shared;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Here {
+  Block* block;
+  Warp* warp;
+  int lane, exchanges = 0;
+  std::deque<std::vector<Copy>> groups{1};  // of copies; the last is not complete
+};
+inline thread_local Here here;
+
+// For tests of the tests: a line of __syncthreads that does nothing; a block that takes its time to read what others tell it.
+inline int skipped_line = 0, slow_block = -1;
+
+inline void sync_threads(int line) {
+  if (line != skipped_line) here.block->barrier.arrive_and_wait();
+}
+
+// `show` puts this lane's part into the place of this exchange, where all lanes' are once it returns.
+template <class Show>
+const Lanes& exchanged(Show show) {
+  Lanes& lanes = here.warp->lanes[here.exchanges++ % 2];
+  show(lanes);
+  here.warp->barrier.arrive_and_wait();
+  return lanes;
+}
+
+inline float bfloat16(u32 bits) {
+  bits <<= 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+}  // namespace host
+
+// Words that blocks tell each other -------------------------------------------------------------------------------------
+
+inline uint4 load_words(const u32* from) {
+  if (int(blockIdx.x) == host::slow_block) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  const auto load = [from](int i) { return std::atomic_ref<u32>(const_cast<u32*>(from)[i]).load(std::memory_order_relaxed); };
+  return {load(0), load(1), load(2), load(3)};
+}
+
+inline void store_word(u32* to, u32 word) { std::atomic_ref<u32>(*to).store(word, std::memory_order_relaxed); }
+
+inline void pause() { std::this_thread::yield(); }
+
+inline u64 nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+inline void raise(u32* flag) { std::atomic_ref<u32>(*flag).store(1, std::memory_order_relaxed); }
+inline bool raised(const u32* flag) { return std::atomic_ref<u32>(*const_cast<u32*>(flag)).load(std::memory_order_relaxed) != 0; }
+
+// Those of bench/probe.cu
+inline void add_release(u32* to, u32 value) { std::atomic_ref<u32>(*to).fetch_add(value, std::memory_order_release); }
+inline u32 load_acquire(const u32* from) { return std::atomic_ref<u32>(*const_cast<u32*>(from)).load(std::memory_order_acquire); }
+
+// What nobody writes during the launch ----------------------------------------------------------------------------------
+
+inline float load_ahead(const float* from) { return *from; }
+inline uint2 load_ahead(const uint2* from) { return *from; }
+inline float load_ahead_bfloat16(const u16* from) { return host::bfloat16(*from); }
+
+template <int kBytes>
+void copy_async(void* to, const void* from) {
+  std::memset(to, 0xff, kBytes);
+  host::here.groups.back().push_back({to, from, kBytes});
+}
+
+inline void end_group_of_copies() { host::here.groups.emplace_back(); }
+
+template <int kGroups>
+void wait_for_copies() {
+  auto& groups = host::here.groups;
+  while (groups.size() > kGroups + 1) {
+    for (const host::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.pop_front();
+  }
+}
+
+inline int opaque(int value) { return value; }
+
+// Arithmetic ------------------------------------------------------------------------------------------------------------
+
+inline float as_float(u32 bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline u32 as_bits(float value) {
+  u32 bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline u32 multiply_high(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
+
+inline u32 pack_bfloat16(float low, float high) {
+  const auto round = [](float value) -> u32 {
+    const u32 bits = as_bits(value);
+    return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  };
+  return round(low) | round(high) << 16;
+}
+
+inline float silu(float value) { return value / (1 + std::exp(-value)); }
+inline float reciprocal_root(float value) { return 1 / std::sqrt(value); }
+inline float sinpif(float value) { return float(std::sin(3.14159265358979323846 * value)); }
+inline float cospif(float value) { return float(std::cos(3.14159265358979323846 * value)); }
+
+inline float sum_of_warp(float value) {
+  const int lane = host::here.lane;
+  const host::Lanes& shown = host::exchanged([=](host::Lanes& lanes) { lanes.values[lane] = value; });
+  float sums[32];
+  std::copy(shown.values, shown.values + 32, sums);
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    for (int i = 0; i < lanes; ++i) sums[i] += sums[i + lanes];  // what every lane of a butterfly gets, bit for bit
+  return sums[0];
+}
+
+inline uint4 load_matrix(const void* row) {
+  const int lane = host::here.lane;
+  const host::Lanes& shown = host::exchanged([=](host::Lanes& lanes) { lanes.rows[lane] = static_cast<const u16*>(row); });
+  const auto pair = [&](int matrix) {
+    const u16* from = shown.rows[8 * matrix + lane / 4] + 2 * (lane % 4);
+    return u32(from[0]) | u32(from[1]) << 16;
+  };
+  return {pair(0), pair(1), pair(2), pair(3)};
+}
+
+inline void multiply_add(float4& c, uint4 a, uint2 b) {
+  const int lane = host::here.lane;
+  const host::Lanes& shown = host::exchanged([=](host::Lanes& lanes) {
+    lanes.a[lane] = a;
+    lanes.b[lane] = b;
+  });
+  const auto element = [](u32 pair, int k) { return host::bfloat16(k % 2 ? pair >> 16 : pair & 0xffff); };
+  const auto sum = [&](int row, int column, float value) {
+    for (int k = 0; k < 16; ++k) {
+      const uint4& rows = shown.a[row % 8 * 4 + k % 8 / 2];
+      const uint2& columns = shown.b[column * 4 + k % 8 / 2];
+      const u32 left = k < 8 ? (row < 8 ? rows.x : rows.y) : (row < 8 ? rows.z : rows.w);
+      value += element(left, k) * element(k < 8 ? columns.x : columns.y, k);
+    }
+    return value;
+  };
+  const int row = lane / 4, column = 2 * (lane % 4);
+  c = {sum(row, column, c.x), sum(row, column + 1, c.y), sum(row + 8, column, c.z), sum(row + 8, column + 1, c.w)};
+}
+
+}  // namespace disa_fast::cuda
