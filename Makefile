@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast kernels -type f -not -path '*/__pycache__/*')
-CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint format sanitize kernels bench gpu-report wheel clean
 
@@ -26,15 +26,20 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# The CPU core under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+# The CPU core, and the CUDA kernel on threads of this machine, under AddressSanitizer and UndefinedBehaviorSanitizer, and under
+# ThreadSanitizer; then the CUDA kernel without each of its barriers, which must show.
 sanitize: $(INSTALLED)
 	for kind in address,undefined thread; do \
 		cmake -S . -B build/$$kind -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDISA_FAST_PYTHON=OFF -DDISA_FAST_TESTS=ON \
-			-DDISA_FAST_SANITIZE=$$kind && cmake --build build/$$kind && build/$$kind/mlp_denoise_test || exit 1; \
+			-DDISA_FAST_SANITIZE=$$kind && cmake --build build/$$kind || exit 1; \
+		for test in mlp_denoise_test mlp_denoise_cuda_test_4 mlp_denoise_cuda_test_8; do build/$$kind/$$test || exit 1; done; \
 	done
+	tests/host_cuda/every_sync.sh build/thread/mlp_denoise_cuda_test_4
 
-# Every Triton kernel that ships, compiled for three GPU architectures, none of which need be there.
+# Every kernel that ships, compiled for three GPU architectures, none of which need be there; CUDA's by nvcc, where it is, and NVRTC.
 kernels: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt cupy-cuda13x nvidia-cuda-nvrtc
+	$(BIN)/pytest tests/test_jit.py
 	$(BIN)/python -m bench.compile_kernels
 
 # For a machine with a GPU, whose own python3 has torch and Triton; downloads nothing. See bench/gpu_report.py.

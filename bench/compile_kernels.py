@@ -1,7 +1,8 @@
-"""Compiles every shipped tile choice for GPUs that need not be there, and prints what each kernel takes: `make kernels`.
+"""Compiles every kernel that ships for GPUs that need not be there, and prints what each takes: `make kernels`.
 
-Runs the real launch code of disa_fast/backends/triton.py on tensors without storage, with a driver that names an architecture and
-stops short of the launch. Registers and stack are read from the machine code: a stack means that registers spilled.
+For Triton every tile choice, by the real launch code of disa_fast/backends/triton.py on tensors without storage, with a driver that
+names an architecture and stops short of the launch. For CUDA every entry, by nvcc and by NVRTC as far as they are here, against the
+budget in mlp_denoise.cu; and plans for each GPU. Registers and stack are read from the machine code: a stack means a spill.
 """
 
 import argparse
@@ -10,11 +11,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from disa_fast import graphs, jit
+from disa_fast.backends import cuda
 from disa_fast.backends import triton as backend
 from disa_fast.heads.mlp import MLPSpec
 from disa_fast.kernels.triton import tiles
@@ -108,7 +112,7 @@ def compile_case(case: Case) -> list[dict]:
     return [
         {
             "kernel": name,
-            **_resources(kernel.asm["cubin"]),
+            **_resources(_cuobjdump(kernel.asm["cubin"])),
             "shared": kernel.metadata.shared,
             "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
             "seconds": round(seconds, 2),
@@ -117,13 +121,81 @@ def compile_case(case: Case) -> list[dict]:
     ]
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def _cuobjdump(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return {name.lower(): int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK")}
+        command = [tool, "--dump-resource-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _resources(text: str) -> dict[str, int]:
+    return {name.lower(): int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED")}
+
+
+# CUDA ------------------------------------------------------------------------------------------------------------------
+
+CUDA_ARCHITECTURES = {"sm_80": (108, 163), "sm_90a": (132, 227), "sm_100": (148, 227)}  # multiprocessors, KiB of shared memory
+
+
+@dataclass(frozen=True)
+class NoGpu:
+    """Stands in for a backends.cuda.Gpu where only its sizes count."""
+
+    multiprocessors: int
+    shared_bytes: int
+    warps: int = cuda.NvidiaGpu.warps
+
+
+def by_nvcc(source: Path, architecture: str, *defines: str) -> bytes:
+    tool = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    target = ["-gencode", f"arch=compute_{architecture.removeprefix('sm_')},code={architecture}"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        command = [tool, "-std=c++17", "-cubin", *target, *(f"-D{name}" for name in defines), source, "-o", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        return Path(file.name).read_bytes()
+
+
+def by_nvrtc(source: Path, architecture: str, *defines: str) -> bytes:
+    return jit.compile_cubin(source, architecture, defines)
+
+
+def cuda_compilers() -> dict[str, str | None]:
+    """Each with the reason why it is not here, or None."""
+    nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+    return {"nvcc": None if nvcc else "no nvcc", "NVRTC": jit.why_not()}
+
+
+def compile_cuda(compiler: str, source: Path = cuda.SOURCE, architectures: Iterable[str] = tuple(CUDA_ARCHITECTURES)) -> list[dict]:
+    """What each entry takes on each architecture, and what of it is over the budget; kernels that can stop have none."""
+    budget = {name: int(value) for name, value in re.findall(r"constexpr int (kMax\w+) = (\d+);", source.read_text())}
+    limits = {"reg": budget["kMaxRegisters"], "stack": budget["kMaxStackBytes"], "shared": budget["kMaxStaticSharedBytes"]}
+    compiled = []
+    for architecture in architectures:
+        for defines in ((), ("DISA_FAST_STOP",)):
+            cubin = (by_nvcc if compiler == "nvcc" else by_nvrtc)(source, architecture, *defines)
+            for name, text in re.findall(r"Function (\w+):\n(.*)", _cuobjdump(cubin)):
+                found = _resources(text)
+                found["shared"] -= 1024 * (architecture not in ("sm_80",))  # that the system keeps for itself
+                over = [] if defines else [what for what, limit in limits.items() if found[what] > limit]
+                kernel = " ".join([name, *defines])
+                compiled.append({"compiler": compiler, "architecture": architecture, "kernel": kernel, **found, "over": over})
+    return compiled
+
+
+def impossible_plans() -> list[str]:
+    """Published heads and numbers of rows for which there is no plan on some GPU."""
+    missing = []
+    for (architecture, (count, kilobytes)), width, rows in itertools.product(
+        CUDA_ARCHITECTURES.items(), WIDTHS, range(2, cuda.MAX_ROWS + 1, 2)
+    ):
+        shape = cuda.Shape(1, graphs.row_bucket(rows), True, True, *cuda.HOISTS)
+        if cuda.plan_for(MLPSpec(16, width, 12, 1024), shape, NoGpu(count, kilobytes << 10)) is None:
+            missing.append(f"{architecture}: no plan for width {width}, {rows} rows")
+    return missing
 
 
 def main() -> None:
@@ -143,9 +215,21 @@ def main() -> None:
                     f"{k['kernel']:24} {k['reg']:9} {k['stack']:5} {k['shared']:6} {k['seconds']:4.1f}",
                     flush=True,
                 )
+    for compiler, why_not in cuda_compilers().items():
+        if why_not is not None:
+            print(f"CUDA kernels by {compiler}: skipped: {why_not}")
+            continue
+        for k in compile_cuda(compiler):
+            bad += bool(k["over"])
+            everything.append(k)
+            over = f"  over the budget: {', '.join(k['over'])}" if k["over"] else ""
+            print(f"{k['architecture']:8}{k['compiler']:9}{k['kernel']:39}{k['reg']:10} {k['stack']:5} {k['shared']:6}{over}")
+    for problem in impossible_plans():
+        bad += 1
+        print(problem)
     if options.json:
         options.json.write_text(json.dumps(everything, indent=1))
-    print(f"{len(everything)} kernels, {bad} that spill or take more shared memory than there is")
+    print(f"{len(everything)} kernels, {bad} that spill or take more than there is")
     sys.exit(bad > 0)
 
 

@@ -1,7 +1,8 @@
-"""Every shipped tile choice compiled for GPUs that are not there, in processes of their own, since this one interprets."""
+"""Every shipped kernel compiled for GPUs that are not there, in processes of their own, since this one interprets."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,23 @@ def test_dependent_launch_is_in_the_code():
         kernels = json.loads(done.stdout)
         assert len(kernels) == 6
         assert all(kernel["waits"] == int(pdl) for kernel in kernels)
+
+
+CUDA_PROBE = """
+import json
+from bench.compile_kernels import *
+print(json.dumps(compile_cuda("nvcc", Path({source!r}), ("sm_90a",))))
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_kernels_keep_to_their_budget_and_a_spill_would_be_seen(tmp_path):
+    """On Hopper; `make kernels` takes all architectures, and NVRTC too."""
+    shutil.copytree(ROOT / "kernels" / "cuda", tmp_path / "cuda")
+    source = tmp_path / "cuda" / "mlp_denoise.cu"
+    kernels = json.loads(compiler("-W", "ignore", "-c", CUDA_PROBE.format(source=str(source))).stdout)
+    assert {kernel["kernel"] for kernel in kernels} >= {f"mlp_denoise_{width}" for width in (1024, 1280, 1536, "any")}
+    assert not any(kernel["over"] for kernel in kernels)
+    source.write_text(source.read_text().replace("::kThreads, 1)", "::kThreads, 2)"))
+    kernels = json.loads(compiler("-W", "ignore", "-c", CUDA_PROBE.format(source=str(source))).stdout)
+    assert {"mlp_denoise_1536"} <= {kernel["kernel"] for kernel in kernels if "stack" in kernel["over"]}
