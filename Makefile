@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast kernels -type f -not -path '*/__pycache__/*')
-CXX_FILES := $(shell find csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find bench csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint format sanitize kernels bench gpu-report wheel clean
 
@@ -34,7 +34,7 @@ sanitize: $(INSTALLED)
 			-DDISA_FAST_SANITIZE=$$kind && cmake --build build/$$kind || exit 1; \
 		for test in mlp_denoise_test mlp_denoise_cuda_test_4 mlp_denoise_cuda_test_8; do build/$$kind/$$test || exit 1; done; \
 	done
-	tests/host_cuda/every_sync.sh build/thread/mlp_denoise_cuda_test_4
+	sh tests/host_cuda/every_sync.sh build/thread/mlp_denoise_cuda_test_4
 
 # Every kernel that ships, compiled for three GPU architectures, none of which need be there; CUDA's by nvcc, where it is, and NVRTC.
 kernels: $(INSTALLED)

@@ -1,4 +1,5 @@
-"""What `make gpu-report` measures: the limits of the machine, then every contestant, in turns, on the published heads.
+"""What `make gpu-report` measures: the limits of the machine, then every contestant, in turns, on the published heads; and what
+that says about the targets of the persistent kernel.
 
 Contestants are the published loop in plain PyTorch, the same compiled, both captured in a CUDA graph, and every backend that can
 serve. Results are checked before they are timed. Caches are as they are in use: a step finds what the step before left in L2.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import gc
 import importlib
 import importlib.util
@@ -15,8 +17,11 @@ import json
 import os
 import platform
 import re
+import shutil
+import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,23 +31,28 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import disa_fast
 from disa_fast import MLPHead, backends, solvers
 from disa_fast.files import written_aside
 from disa_fast.heads.mlp import MLPSpec
 
+from . import probes
 from .peers import captured, published_loop, published_step
 from .shapes import SIZES, Z_CHANNELS, iterations
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROWS = {1: 8, 4: 32, 64: 512, 256: 2048}  # by batch size: guidance, and 256 tokens in 64 iterations, so 4 of an image at a time
-MAIN_ROWS = (8, 2048, 2, 32, 512)  # of MAR-L, in the order of interest
-COMPILED = {8: ("default", "max-autotune"), 2048: ("default", "max-autotune")}  # by rows of MAR-L; elsewhere only the default
+TARGET_SIZES, TARGET_ROWS = ("MAR-L", "MAR-B"), (8, 2, 14)  # of the targets, in the order of interest
+OVER_EAGER, OVER_PEERS, IMAGE_MS = 15, 3, 45  # the targets: speed, and milliseconds for one image of MAR-B on an H200
+COMPILED = {8: ("default", "max-autotune"), 2048: ("default", "max-autotune")}  # by rows of MAR-L; see compile_modes
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are captured here, around the loop
 CFG = 3.0
 STEPS = 10  # of a call; half of them for many rows
 TURNS = 5  # each contestant is called so often, in turns
 SLACK = 20  # seconds that should be left when something begins
+SANITIZER_SECONDS = 60  # for each of its tools
+OURS = "cuda bfloat16"
 
 Call = Callable[[], Tensor]
 
@@ -66,6 +76,7 @@ class Report:
     peaks: dict[str, float] = field(default_factory=dict)
     steps: list[dict] = field(default_factory=list)
     images: list[dict] = field(default_factory=list)
+    sanitizer: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -88,28 +99,45 @@ class Report:
         for title, lines in (("skipped", self.skipped), ("FAILED", self.failures)):
             for line in lines:
                 print(f"{title}: {line}")
+        if ON_GPU:
+            print_targets(self.name, targets(self.steps, self.images), phases(self.steps, self.peaks))
 
     def on_gpu(self) -> None:
         """The most asked for first, since time may run out; what the profiler says last, since it may slow down what follows."""
-        self.peaks = measured_peaks()
-        print("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in self.peaks.items()), flush=True)
-        for rows in MAIN_ROWS:
-            self.shape("MAR-L", rows, compiled=COMPILED.get(rows, ("default",)))
-        for batch in ROWS:
-            self.image("MAR-L", batch)
-        for size in ("MAR-B", "MAR-H"):
-            for rows in ROWS.values():
-                self.shape(size, rows, compiled=("default",) if rows in COMPILED else ())
+        self.limits()
+        first, then = order()
+        for measure, size, count in first:
+            getattr(self, measure)(size, count)
+        self.sanitize()
+        for measure, size, count in then:
+            getattr(self, measure)(size, count)
         for rows in COMPILED:
             self.launches("MAR-L", rows)
 
     # What is measured ------------------------------------------------------------------------------------------------
 
-    def shape(self, size: str, rows: int, compiled: tuple[str, ...]) -> None:
-        """Microseconds a step of every contestant, in turns, and what they amount to."""
+    def limits(self) -> None:
+        """Into `peaks`: what the GPU gives, and what the persistent kernel's ways of working cost on it."""
+        with self.surviving("limits of the machine"):
+            self.peaks |= measured_peaks()
+            print("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in self.peaks.items()), flush=True)
+        reason = probes.why_not()
+        if reason is not None:
+            self.skipped.append(f"probes: {reason}")
+            return
+        with self.surviving("probes"):
+            for what, measure in probes.measurements(probes.NvidiaGpu(DEVICE), seconds, captured):
+                with self.surviving(f"probe of {what}"):
+                    self.peaks |= measure()
+            probes.print_table(self.peaks)
+        self.write()
+
+    def shape(self, size: str, rows: int, compiled: tuple[str, ...] | None = None) -> None:
+        """Microseconds a step of every contestant, in turns, and what they amount to. compiled: modes; see compile_modes."""
         what = f"{size}, {rows} rows"
         if self.out_of_time(what):
             return
+        compiled = compile_modes(size, rows) if compiled is None else compiled
         head, steps = random_head(size), STEPS if rows <= 512 else STEPS // 2
         checked = self.checked(what, head, rows, steps, compiled)
         times = in_turns({name: contestant.call for name, contestant in checked.items()})
@@ -161,11 +189,10 @@ class Report:
         truth = published(torch.float32)()
         if ON_GPU:
             add("eager float32 TF32", torch.float32, lambda: published(torch.float32), tf32=True)
-            add("eager bfloat16", half, lambda: published(half))
-            add("eager bfloat16, graph", half, lambda: captured(published(half)))
-            for mode in compiled:
-                add(f"compile {mode} bfloat16", half, lambda mode=mode: published(half, mode))
-                add(f"compile {mode} bfloat16, graph", half, lambda mode=mode: captured(published(half, mode)))
+            for name, mode in {"eager": None, **{f"compile {mode}": mode for mode in compiled}}.items():
+                make = functools.cache(functools.partial(published, half, mode))  # one for both, whose tensors the graph needs
+                add(f"{name} bfloat16", half, make)
+                add(f"{name} bfloat16, graph", half, lambda make=make: captured(make()))
         else:
             add("eager float32", torch.float32, lambda: published(torch.float32))
         for backend, dtype in self.able(head, rows):
@@ -208,7 +235,8 @@ class Report:
             for z, table, noise, step_noise in calls:
                 head.denoise(z, table, CFG, noise=noise, step_noise=step_noise, **how)
 
-        able = [backend for backend, dtype in self.able(head, 8) if dtype == torch.bfloat16]
+        most = max(len(z) for z, *_ in calls)
+        able = [backend for backend, dtype in self.able(head, most) if dtype == torch.bfloat16]
         fs = {"eager bfloat16": published, **{f"{name} bfloat16": lambda name=name: ours(name) for name in able}}
         run = {}
         for name, f in fs.items():
@@ -229,7 +257,7 @@ class Report:
         entry = next((e for e in self.steps if (e["size"], e["rows"]) == (size, rows)), None)
         if entry is None or self.out_of_time(f"{size}, {rows} rows, launches"):
             return
-        contestants, _ = self.contestants(size, random_head(size), rows, entry["steps"], COMPILED[rows])
+        contestants, _ = self.contestants(size, random_head(size), rows, entry["steps"], compile_modes(size, rows))
         print(f"\n{size}, {rows} rows, kernels a step")
         for name in entry["results"]:
             with self.surviving(f"{size}, {rows} rows, launches of {name}"):
@@ -237,6 +265,26 @@ class Report:
                 print(f"{name:36} {count:7.1f}", flush=True)
         self.write()
         forget()
+
+    def sanitize(self) -> None:
+        """compute-sanitizer over small calls of the persistent kernel, where there is one."""
+        tool = sanitizer_tool()
+        reason = backends.survey(MLPSpec(16, 1024, 1, 64), torch.bfloat16, DEVICE, 4)["cuda"]
+        if tool is None or reason is not None:
+            self.skipped.append(f"compute-sanitizer: {reason or 'is not on this machine'}")
+            return
+        print()
+        for check in ("memcheck", "racecheck", "synccheck"):
+            what = f"compute-sanitizer {check}"
+            if self.out_of_time(what):
+                continue
+            with self.surviving(what):
+                said, found = sanitized(tool, check, min(SANITIZER_SECONDS, self.deadline - time.monotonic() - SLACK / 2))
+                self.sanitizer[check] = said.splitlines()[0]
+                print(f"{what}: {self.sanitizer[check]}", flush=True)
+                if found:
+                    raise ArithmeticError(said)
+        self.write()
 
     # What becomes of it ----------------------------------------------------------------------------------------------
 
@@ -273,6 +321,9 @@ class Report:
             "peaks": self.peaks,
             "steps": self.steps,
             "images": self.images,
+            "targets": targets(self.steps, self.images),
+            "phases": phases(self.steps, self.peaks),
+            "sanitizer": self.sanitizer,
             "skipped": self.skipped,
             "failures": self.failures,
         }
@@ -281,6 +332,29 @@ class Report:
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def order() -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
+    """What the targets are about, then the rest: ("shape", size, rows) and ("image", size, images)."""
+    first_rows, *other_rows = TARGET_ROWS
+    first = [
+        *(("shape", size, first_rows) for size in TARGET_SIZES),
+        ("image", "MAR-B", 1),
+        *(("shape", size, rows) for rows in (*other_rows, ROWS[4]) for size in TARGET_SIZES),
+    ]
+    then = [
+        ("shape", "MAR-L", ROWS[256]),
+        *(("image", "MAR-L", batch) for batch in ROWS),
+        *(("shape", size, rows) for size in ("MAR-L", "MAR-B", "MAR-H") for rows in ROWS.values()),
+    ]
+    return first, [one for one in dict.fromkeys(then) if one not in first]
+
+
+def compile_modes(size: str, rows: int) -> tuple[str, ...]:
+    """Of torch.compile, which takes its time; for many sizes and rows none."""
+    if size == "MAR-L":
+        return COMPILED.get(rows, ("default",))
+    return ("default",) if rows in COMPILED or (size in TARGET_SIZES and rows in TARGET_ROWS) else ()
 
 
 def random_head(size: str) -> MLPHead:
@@ -369,8 +443,8 @@ def against_peaks(
     return {
         "GB/s": rate,
         "TFLOP/s": work,
-        "of_HBM": rate / peaks["HBM GB/s"] if peaks else None,
-        "of_L2": rate / peaks["L2 GB/s"] if peaks else None,
+        "of_HBM": rate / peaks["HBM GB/s"] if "HBM GB/s" in peaks else None,
+        "of_L2": rate / peaks["L2 GB/s"] if "L2 GB/s" in peaks else None,
         "of_matrix": work / matrix if matrix else None,
     }
 
@@ -405,6 +479,76 @@ def launches(call: Call) -> int:
     return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
 
 
+SANITIZED = """
+import torch
+from disa_fast import MLPHead, solvers
+from disa_fast.backends import cuda, cuda_check
+from disa_fast.heads.mlp import MLPSpec
+
+cuda.PATIENCE = 600_000_000_000
+cuda_check.is_wrong = lambda on, device: None  # which would take its time, and is made up for below
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for width in (64, 1024):
+    torch.manual_seed(0)
+    shapes = MLPSpec(16, width, 1, 64).shapes()
+    sd = {name: torch.randn(shape, device=device).bfloat16() * shape[-1] ** -0.5 for name, shape in shapes.items()}
+    z, noise, step_noise = (torch.randn(shape, device=device) for shape in ((4, 64), (2, 16), (2, 2, 16)))
+    ours, expected = (
+        MLPHead.from_state_dict(sd).denoise(
+            z.bfloat16(), solvers.ddpm(2), 3.0, noise=noise, step_noise=step_noise, backend=backend
+        ).float()
+        for backend in ("cuda", "hoisted")
+    )
+    error = float((ours - expected).norm() / expected.norm())
+    if not error < 0.05:
+        raise SystemExit(f"wrong: width {width}, relative error {error:.2g}")
+"""
+
+
+def sanitizer_tool() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+
+def sanitized(tool: str, check: str, limit: float) -> tuple[str, bool]:
+    """(what compute-sanitizer says about the calls of SANITIZED, whether it has found an error)."""
+    options = ["--tool", check, "--report-api-errors", "no", "--kernel-name", "kernel_substring=mlp_denoise", "--print-limit", "10"]
+    no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that what lies behind a tensor is not torch's too
+    process = subprocess.Popen(
+        [tool, *options, sys.executable, "-c", SANITIZED],
+        cwd=Path(disa_fast.__file__).parent.parent,
+        env=os.environ | {"DISA_FAST_GRAPHS": "0"} | no_cache,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the program as well as the tool
+        process.communicate()
+        return f"stopped after {limit:.0f} s", False
+    return outcome(output, process.returncode)
+
+
+def outcome(output: str, code: int) -> tuple[str, bool]:
+    """What `sanitized` makes of it. A tool that does not run here, or not to its end, has found nothing."""
+    wrong = re.search(r"^wrong: .*", output, re.MULTILINE)
+    if wrong is not None:
+        return wrong[0], True
+    summary = re.search(r"SUMMARY: (.*?(\d+) errors?\b.*)", output)
+    if summary is not None and int(summary[2]):
+        told = [line for line in output.splitlines() if line.startswith("=========") and "COMPUTE-SANITIZER" not in line]
+        return "\n".join([summary[1], *told]), True
+    refused = re.search(r"^=.*not supported.*", output, re.MULTILINE)
+    if refused is None and summary is not None and code == 0:
+        return summary[1], False
+    lines = [line for line in output.splitlines() if line.strip("= ")]
+    programs = [line for line in lines if not line.startswith("=")]
+    last = refused[0] if refused else (programs or lines or ["no word"])[-1]
+    return f"did not run: {last.strip('= ')}", False
+
+
 def forget() -> None:
     torch.compiler.reset()
     gc.collect()
@@ -413,6 +557,60 @@ def forget() -> None:
 
 
 # Reporting -----------------------------------------------------------------------------------------------------------
+
+
+def targets(steps: list[dict], images: list[dict]) -> list[dict]:
+    """What was hoped for of the persistent kernel beside what was measured; None where it was not. Its peers are the published loop
+    compiled or captured, whichever is fastest."""
+    found = []
+    for size in reversed(TARGET_SIZES):
+        for rows in sorted(TARGET_ROWS):
+            results = next((entry["results"] for entry in steps if (entry["size"], entry["rows"]) == (size, rows)), {})
+            us = {name: result["us_per_step"] for name, result in results.items()}
+            peers = [us[name] for name in us if name.startswith("compile") or name == "eager bfloat16, graph"]
+            for what, other, target in (
+                ("eager bfloat16", us.get("eager bfloat16"), OVER_EAGER),
+                ("the best compiled or captured", min(peers, default=None), OVER_PEERS),
+            ):
+                speed = other / us[OURS] if other and OURS in us else None
+                found.append({"what": f"{size}, {rows} rows, over {what}", "measured": speed, "target": target, "unit": "x"})
+    one = next((entry["results"] for entry in images if (entry["size"], entry["images"]) == ("MAR-B", 1)), {})
+    milliseconds = one[OURS]["seconds"] * 1e3 if OURS in one else None
+    what = "MAR-B, 1 image, the head's part of all steps (on an H200)"
+    return [*found, {"what": what, "measured": milliseconds, "target": IMAGE_MS, "unit": " ms"}]
+
+
+def is_met(target: dict) -> bool | None:
+    if target["measured"] is None:
+        return None
+    return target["measured"] >= target["target"] if target["unit"] == "x" else target["measured"] <= target["target"]
+
+
+def phases(steps: list[dict], peaks: dict[str, float]) -> list[dict]:
+    """A step of the persistent kernel at 8 rows beside what its exchanges alone would take."""
+    found = []
+    for entry in steps:
+        width, depth = SIZES[entry["size"]]
+        exchange = peaks.get(f"exchange 8 x {width} us")
+        if entry["rows"] == 8 and OURS in entry["results"] and exchange:
+            us = entry["results"][OURS]["us_per_step"]
+            found.append({"size": entry["size"], "us_per_step": us, "exchanges": 2 * depth + 1, "exchange_us": exchange})
+    return found
+
+
+def print_targets(gpu: str, found: list[dict], costs: list[dict]) -> None:
+    print()
+    for cost in costs:
+        together = cost["exchanges"] * cost["exchange_us"]
+        print(
+            f"{cost['size']}, 8 rows: {cost['us_per_step']:.1f} us a step of {OURS}; {cost['exchanges']} exchanges of "
+            f"{cost['exchange_us']:.2f} us are {together:.1f} us, {together / cost['us_per_step']:.0%} of it"
+        )
+    print(f"{f'{OURS} on {gpu}':64} measured   target")
+    for target in found:
+        measured = "-" if target["measured"] is None else f"{target['measured']:.1f}{target['unit']}"
+        word = {None: "not measured", True: "met", False: "missed"}[is_met(target)]
+        print(f"{target['what']:64} {measured:>8} {target['target']:>5}{target['unit']:3} {word}", flush=True)
 
 
 def print_shape(entry: dict) -> None:

@@ -58,4 +58,5 @@ def captured(loop: Callable[[], Tensor]) -> Callable[[], Tensor]:
         graph.replay()
         return out
 
+    replay.loop = loop  # whose tensors the graph reads
     return replay

@@ -6,17 +6,21 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import host_gpu
+import host_probe
 import pytest
 import torch
+from host_gpu import ROOT
 
-ROOT = Path(__file__).parent.parent
+from disa_fast.backends import cuda, cuda_check
+
+MINUTE = 60_000_000_000  # nanoseconds
 
 
 @pytest.fixture
 def measure(monkeypatch):
-    """bench/gpu_measure.py made to believe in a GPU, with small heads and few steps."""
+    """bench/gpu_measure.py made to believe in a GPU, with small heads and few steps; without kernels/cuda."""
     monkeypatch.syspath_prepend(str(ROOT))
     measure = importlib.import_module("bench.gpu_measure")
     monkeypatch.setattr(measure, "seconds", on_a_clock)
@@ -24,9 +28,12 @@ def measure(monkeypatch):
         "ON_GPU": True,
         "SIZES": {"MAR-B": (32, 1), "MAR-L": (48, 1), "MAR-H": (64, 1)},
         "Z_CHANNELS": 32,
-        "ROWS": {1: 2},
-        "MAIN_ROWS": (8,),
         "COMPILED": {8: ("default", "max-autotune")},
+        "order": lambda: (
+            [("shape", "MAR-L", 8), ("shape", "MAR-B", 2), ("image", "MAR-B", 1)],
+            [("image", "MAR-L", 1), ("shape", "MAR-H", 2)],
+        ),
+        "sanitizer_tool": lambda: None,
         "STEPS": 2,
         "TURNS": 1,
         "captured": lambda loop: loop,
@@ -36,9 +43,30 @@ def measure(monkeypatch):
         "iterations": lambda: [(1, 2), (2, 1)],
     }.items():
         monkeypatch.setattr(measure, name, value)
+    monkeypatch.setattr(measure.probes, "why_not", lambda: "not today")
     monkeypatch.setattr(torch, "compile", lambda f, **how: f)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1 (test)")
     return measure
+
+
+@pytest.fixture
+def persistent(measure, monkeypatch):
+    """The CUDA kernels of the package and of the probes, on the processor."""
+    if host_gpu.compiler() is None:
+        pytest.skip("needs a C++20 compiler")
+    host_gpu.use(monkeypatch, host_gpu.HostGpu(shared_bytes=227 << 10))
+    monkeypatch.setattr(cuda, "PATIENCE", 10 * MINUTE)
+    for name, value in {
+        "why_not": lambda: None,
+        "NvidiaGpu": lambda device: host_probe.HostGpu(),
+        "SHAPES": [(2, 1024), (8, 1024)],
+        "LEVEL2_BYTES": (1 << 20,),
+        "PATIENCE": MINUTE,
+        "ROUNDS": 2,
+        "TURNS": 1,
+        "LAUNCHES": 1,
+    }.items():
+        monkeypatch.setattr(measure.probes, name, value)
 
 
 def on_a_clock(call):
@@ -48,26 +76,42 @@ def on_a_clock(call):
 
 
 @pytest.mark.interpreter
-def test_every_contestant_is_timed_and_written(measure, tmp_path, capsys):
+def test_every_contestant_is_timed_and_written(measure, persistent, tmp_path, capsys):
     report = measure.Report(time.monotonic() + 1000, tmp_path, "passed")
     report.run()
     assert report.failures == []
     result = json.loads((tmp_path / "nvidia_x1_test.json").read_text())
-    assert {"gpu", "date", "commit", "versions", "tests", "peaks", "steps", "images", "skipped", "failures"} == set(result)
-    assert [(entry["size"], entry["rows"]) for entry in result["steps"]][:3] == [("MAR-L", 8), ("MAR-B", 2), ("MAR-H", 2)]
+    assert set(result) == {
+        "gpu", "date", "commit", "versions", "tests", "peaks", "steps", "images", "targets", "phases", "sanitizer", "skipped",
+        "failures",
+    }  # fmt: skip
+    assert [(entry["size"], entry["rows"]) for entry in result["steps"]] == [("MAR-L", 8), ("MAR-B", 2), ("MAR-H", 2)]
+    assert {"HBM GB/s", "launch us", "graph node us", "barrier us", "exchange 8 x 1024 us", "barrier exchange 8 x 1024 us"} <= set(
+        result["peaks"]
+    )
     first = result["steps"][0]["results"]
     assert {
         "eager float32 TF32", "eager bfloat16", "eager bfloat16, graph", "hoisted bfloat16", "triton bfloat16", "triton float32",
         "compile default bfloat16", "compile default bfloat16, graph", "compile max-autotune bfloat16",
         "compile max-autotune bfloat16, graph", "triton bfloat16, no graph", "triton float32 TF32",
+        "cuda bfloat16", "cuda bfloat16, no graph",
     } <= set(first)  # fmt: skip
     assert first["eager bfloat16"]["over_eager"] == 1
     assert max(r["over_compile"] for name, r in first.items() if name.startswith("compile")) == 1
     assert all(r["us_per_step"] > 0 and r["of_HBM"] > 0 and r["launches_per_step"] == 6 for r in first.values())
-    assert [entry["images"] for entry in result["images"]] == [1]
-    assert set(result["images"][0]["results"]) >= {"eager bfloat16", "triton bfloat16", "hoisted bfloat16"}
+    assert [(entry["size"], entry["images"]) for entry in result["images"]] == [("MAR-B", 1), ("MAR-L", 1)]
+    assert set(result["images"][0]["results"]) >= {"eager bfloat16", "cuda bfloat16", "triton bfloat16", "hoisted bfloat16"}
+    measured = {target["what"] for target in result["targets"] if target["measured"]}
+    assert "MAR-L, 8 rows, over the best compiled or captured" in measured
+    assert "MAR-B, 2 rows, over eager bfloat16" in measured
+    assert "MAR-B, 1 image, the head's part of all steps (on an H200)" in measured
+    assert len(measured) == 5
+    assert result["skipped"] == ["compute-sanitizer: is not on this machine"]
     assert (tmp_path / "nvidia_x1_test.png").stat().st_size > 10000
-    assert "MAR-H, 2 rows guided" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "MAR-H, 2 rows guided" in printed
+    assert "8 rows of 1024" in printed
+    assert printed.splitlines()[-1].startswith("MAR-B, 1 image, the head's part")
 
 
 def test_stops_in_time_and_says_what_it_left_out(measure, tmp_path):
@@ -77,6 +121,9 @@ def test_stops_in_time_and_says_what_it_left_out(measure, tmp_path):
     assert result["steps"] == result["images"] == []
     assert "MAR-L, 8 rows: out of time" in result["skipped"]
     assert "MAR-L, 1 images: out of time" in result["skipped"]
+    assert "probes: not today" in result["skipped"]
+    assert len(result["targets"]) == 13
+    assert not any(target["measured"] for target in result["targets"])
 
 
 def test_one_that_fails_or_is_wrong_is_named_and_the_others_go_on(measure, tmp_path, monkeypatch):
@@ -92,6 +139,127 @@ def test_one_that_fails_or_is_wrong_is_named_and_the_others_go_on(measure, tmp_p
     assert "MAR-B, 2 rows, eager bfloat16, graph: RuntimeError: no graphs today" in report.failures
     assert any("hoisted bfloat16: ArithmeticError: relative error 2" in failure for failure in report.failures)
     assert set(report.steps[0]["results"]) == {"eager float32 TF32", "eager bfloat16"}
+
+
+def test_a_limit_that_cannot_be_measured_stops_nothing(measure, persistent, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "measured_peaks", lambda: 1 / 0)
+    monkeypatch.setattr(measure.probes, "barrier", lambda gpu, seconds: 1 / 0)
+    report = measure.Report(time.monotonic() + 1000, tmp_path, "passed")
+    report.limits()
+    assert report.failures == [
+        f"{what}: ZeroDivisionError: division by zero" for what in ("limits of the machine", "probe of barrier")
+    ]
+    assert "exchange 2 x 1024 us" in report.peaks
+    report.shape("MAR-B", 2, compiled=())
+    assert report.steps[0]["results"]["cuda bfloat16"]["of_HBM"] is None
+
+
+def test_the_order(measure, monkeypatch):
+    monkeypatch.undo()
+    first, then = measure.order()
+    assert first[:3] == [("shape", "MAR-L", 8), ("shape", "MAR-B", 8), ("image", "MAR-B", 1)]
+    shapes = {(size, rows) for kind, size, rows in first if kind == "shape"}
+    assert shapes == {(size, rows) for size in ("MAR-B", "MAR-L") for rows in (2, 8, 14, 32)}
+    assert len(set(first + then)) == len(first + then) == 9 + 1 + 4 + 2 + 2 + 3
+    assert measure.compile_modes("MAR-B", 14) == measure.compile_modes("MAR-L", 14) == ("default",)
+    assert measure.compile_modes("MAR-H", 32) == ()
+
+
+def test_targets_and_phases(measure, monkeypatch, capsys):
+    monkeypatch.undo()
+    us = {
+        "eager bfloat16": 1000.0,
+        "eager bfloat16, graph": 150.0,
+        "compile default bfloat16": 130.0,
+        "triton bfloat16": 20.0,
+        "cuda bfloat16": 50.0,
+    }
+    results = {name: {"us_per_step": value} for name, value in us.items()}
+    steps = [{"size": "MAR-B", "rows": 8, "results": results}, {"size": "MAR-L", "rows": 2, "results": {}}]
+    images = [{"size": "MAR-B", "images": 1, "results": {"cuda bfloat16": {"seconds": 0.04}}}]
+    found = measure.targets(steps, images)
+    measured = {target["what"]: target["measured"] for target in found if target["measured"]}
+    assert measured == {
+        "MAR-B, 8 rows, over eager bfloat16": 20,
+        "MAR-B, 8 rows, over the best compiled or captured": 2.6,
+        "MAR-B, 1 image, the head's part of all steps (on an H200)": 40,
+    }
+    assert [measure.is_met(target) for target in found if target["measured"]] == [True, False, True]
+    costs = measure.phases(steps, {"exchange 8 x 1024 us": 2.0})
+    assert costs == [{"size": "MAR-B", "us_per_step": 50.0, "exchanges": 13, "exchange_us": 2.0}]
+    measure.print_targets("NVIDIA X1", found, costs)
+    printed = capsys.readouterr().out
+    assert "50.0 us a step of cuda bfloat16; 13 exchanges of 2.00 us are 26.0 us, 52% of it" in printed
+    assert [line.split()[-1] for line in printed.splitlines() if line.startswith("MAR-B, 8 rows, over")] == ["met", "missed"]
+
+
+# compute-sanitizer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+def test_what_is_sanitized_is_right(measure, persistent, monkeypatch):
+    monkeypatch.setattr(cuda_check, "is_wrong", None)  # which the program replaces
+    exec(measure.SANITIZED, {})
+    fine = measure.MLPHead.denoise
+    monkeypatch.setattr(
+        measure.MLPHead, "denoise", lambda *arguments, **how: (2 if how["backend"] == "cuda" else 1) * fine(*arguments, **how)
+    )
+    with pytest.raises(SystemExit, match="wrong: width 64, relative error 1"):
+        exec(measure.SANITIZED, {})
+
+
+HAZARD = """========= Error: Race reported
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"""
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "said", "found"),
+    [
+        ("= ERROR SUMMARY: 0 errors", 0, "0 errors", False),
+        ("= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", 0, "2 hazards displayed (0 errors, 2 warnings)", False),
+        (f"========= COMPUTE-SANITIZER\n{HAZARD}", 0, f"1 hazard displayed (1 error, 0 warnings)\n{HAZARD}", True),
+        ("wrong: width 64, error nan\n= ERROR SUMMARY: 0 errors", 1, "wrong: width 64, error nan", True),
+        ("= Error: Device not supported\n= ERROR SUMMARY: 0 errors", 0, "did not run: Error: Device not supported", False),
+        ("RuntimeError: too large\n= ERROR SUMMARY: 0 errors", 1, "did not run: RuntimeError: too large", False),
+        ("unrecognised option '--kernel-name'\n", 1, "did not run: unrecognised option '--kernel-name'", False),
+        ("= Internal Sanitizer Error\n\n", 1, "did not run: Internal Sanitizer Error", False),
+        ("", 1, "did not run: no word", False),
+    ],
+)
+def test_what_the_sanitizer_says(measure, output, code, said, found):
+    assert measure.outcome(output, code) == (said, found)
+
+
+def test_the_sanitizer_is_run(measure, persistent, tmp_path, monkeypatch):
+    """A shell script in its place: one tool finds nothing, one an error, and one takes too long, with its program."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        """#!/bin/sh
+echo "$@" | head -1 >> "$0.calls"
+case $2 in
+  memcheck) echo "========= ERROR SUMMARY: 0 errors" ;;
+  racecheck) echo "========= Error: Race reported"; echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)" ;;
+  synccheck) sleep 100 & wait ;;
+esac
+"""
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(measure, "sanitizer_tool", lambda: str(tool))
+    monkeypatch.setattr(measure, "SANITIZER_SECONDS", 2)
+    report = measure.Report(time.monotonic() + 1000, tmp_path, "passed")
+    report.sanitize()
+    assert report.sanitizer == {
+        "memcheck": "0 errors",
+        "racecheck": "1 hazard displayed (1 error, 0 warnings)",
+        "synccheck": "stopped after 2 s",
+    }
+    assert len(report.failures) == 1
+    assert "Race reported" in report.failures[0]
+    first, *_ = (tmp_path / "compute-sanitizer.calls").read_text().splitlines()
+    assert first.startswith("--tool memcheck --report-api-errors no --kernel-name kernel_substring=mlp_denoise")
+    report = measure.Report(time.monotonic(), tmp_path, "passed")
+    report.sanitize()
+    assert report.skipped == [f"compute-sanitizer {check}: out of time" for check in ("memcheck", "racecheck", "synccheck")]
 
 
 def test_on_a_machine_without_a_gpu():
