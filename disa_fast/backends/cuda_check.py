@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -93,21 +94,24 @@ def first_wrong_phase(
 def is_wrong(on: cuda.Gpu, device: torch.device) -> str | None:
     """Two steps of a small head of each entry's width, guided, against `phases`: None if all are right. For a first use on a GPU,
     where a launch whose blocks cannot all run at once (limits of MPS, other programs) would not come to its end."""
-    generator = torch.Generator().manual_seed(0)
-    for width in (*cuda.WIDTHS, *OTHER_WIDTHS):
-        spec, rows, table = MLPSpec(16, width, 1, 16), 4, ddpm(2)
-        p = {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in spec.shapes().items()}
-        w = cuda.Weights({name: tensor.to(device, torch.bfloat16) for name, tensor in p.items()}, spec)
-        shape = cuda.Shape(len(table), rows, True, True, *cuda.HOISTS)
-        b = graphs.allocate(cuda.layout(w, shape, on), device)
-        for name in ("x", "noise", "modulation"):
-            b[name].copy_(torch.randn(b[name].shape, generator=generator))
-        b["steps"].copy_(w.step_table(table))
-        b["scalars"].copy_(torch.tensor([2.0, 1.0]))
-        b["before"].zero_()
-        *_, (_, _, _, expected) = phases(w, shape, b, b["modulation"])
-        cuda.launch(w, shape, b, range(len(table)), b["modulation"], on, patience=CHECK_PATIENCE)
-        error = float((b["x"] - expected).norm() / expected.norm())
-        if not error < TOLERANCE:
-            return f"a check at first use failed on this GPU: width {width}, relative error {error:.2g}, expected below {TOLERANCE}"
-    return None
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return next(filter(None, (_error(on, device, width) for width in (*cuda.WIDTHS, *OTHER_WIDTHS))), None)
+
+
+def _error(on: cuda.Gpu, device: torch.device, width: int) -> str | None:
+    draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float32)
+    spec, rows, table = MLPSpec(16, width, 1, 16), 4, ddpm(2)
+    p = {name: (draw(shape) * shape[-1] ** -0.5).bfloat16() for name, shape in spec.shapes().items()}
+    w, shape = cuda.Weights(p, spec), cuda.Shape(len(table), rows, True, True, *cuda.HOISTS)
+    b = graphs.allocate(cuda.layout(w, shape, on), device)
+    for name in ("x", "noise", "modulation"):
+        b[name].copy_(draw(b[name].shape))
+    b["steps"].copy_(w.step_table(table))
+    b["scalars"].fill_(2.0)
+    b["before"].zero_()
+    *_, (_, _, _, expected) = phases(w, shape, b, b["modulation"])
+    cuda.launch(w, shape, b, range(len(table)), b["modulation"], on, patience=CHECK_PATIENCE)
+    error = float((b["x"] - expected).norm() / expected.norm())
+    if error < TOLERANCE:
+        return None
+    return f"a check at first use failed on this GPU: width {width}, relative error {error:.2g}, expected below {TOLERANCE}"
