@@ -43,11 +43,11 @@ constexpr int kStateAt = 0;                             // x [kRows][kChannels]
 constexpr int kBeforeAt = kStateAt + 4 * kTokenValues;  // the same
 constexpr int kClockAt = kBeforeAt + 4 * kTokenValues;  // when the launch began, u64; whether it has given up, u32
 constexpr int kOutBiasAt = kClockAt + 16;               // [2 * kChannels]
-constexpr int kPartialAt =
-    kOutBiasAt + 8 * kChannels;  // [1, or 2 where a block owns several tiles][kWarps][kRows][kColumns], of sums
-// p.activations_at: [rows][width + kPad] bfloat16
-// p.own_at: for each of the block's tiles h [kRows][kColumns], the input layer's weights [kColumns][kChannels + 1] and bias
-// [kColumns] p.units_at: units of weights that stay, first the output layer's, and p.ring of those that stream
+constexpr int kPartialAt = kOutBiasAt + 8 * kChannels;
+// of sums, [1, or 2 where a block owns several tiles][kWarps][kRows][kColumns]. Then, where the caller says:
+// - p.activations_at: [rows][width + kPad] bfloat16
+// - p.own_at, kOwn for each of the block's tiles: h [kRows][kColumns], and of the input layer [kColumns][kChannels + 1], [kColumns]
+// - p.units_at: units of weights that stay, first the output layer's; then p.ring for those that stream
 constexpr int kOwn = kTile + kColumns * (kChannels + 1) + kColumns;
 
 // The words of an exchange: a float32 whose two lowest bits count exchanges.
@@ -439,8 +439,9 @@ class Loop {
     for (int o = thread; o < kTokenValues; o += kThreads) {
       const int t = o / kChannels, channel = o % kChannels;
       const bool live = t < n && channel < p.channels;
-      x()[o] = live ? p.x[(first + t) * p.channels + channel] : 0;
-      before()[o] = live ? p.before[(first + t) * p.channels + channel] : 0;
+      const int at = (first + t) * p.channels + channel;
+      x()[o] = live ? as_float(load_word(p.x + at)) : 0;
+      before()[o] = live ? as_float(load_word(p.before + at)) : 0;
     }
     for (int o = thread; o < tiles * kColumns; o += kThreads) {
       const int column = (block + o / kColumns * stride) * kColumns + o % kColumns;
@@ -450,14 +451,16 @@ class Loop {
     }
   }
 
-  // The group's blocks all have the same. None reads p.x later than before its first exchange, which this one has had.
+  // The group's blocks all have the same, and all have read p.x before they told anything; between which there is no fence, so both
+  // are words too.
   __device__ void store_state() {
     if (block != 0) return;
     for (int o = thread; o < n * kChannels; o += kThreads) {
       const int t = o / kChannels, channel = o % kChannels;
       if (channel >= p.channels) continue;
-      p.x[(first + t) * p.channels + channel] = x()[o];
-      p.before[(first + t) * p.channels + channel] = before()[o];
+      const int at = (first + t) * p.channels + channel;
+      store_word(p.x + at, as_bits(x()[o]));
+      store_word(p.before + at, as_bits(before()[o]));
     }
   }
 

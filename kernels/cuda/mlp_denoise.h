@@ -26,8 +26,8 @@ struct MlpDenoise {
   const float* scalars;    // guidance scale, temperature
   const float* noise;      // [steps][trajectories][channels], or null
   const u64* philox;       // seed, then a stream for each trajectory: noise is drawn here; or null
-  float* x;                // [trajectories][channels], in and out
-  float* before;           // the same: the network's output of the step before
+  u32* x;                  // [trajectories][channels], in and out, as the bits of float32
+  u32* before;             // the same: the network's output of the step before
   u32* words;              // [groups][3][kRows][width], zero: what blocks tell each other: h (two buffers), u
   float* dump;             // [rows][width], for DISA_FAST_STOP
   u64 patience;            // nanoseconds that the launch may take before it gives up, leaving NaN

@@ -19,6 +19,12 @@ __device__ __forceinline__ uint4 load_words(const u32* from) {
   return v;
 }
 
+__device__ __forceinline__ u32 load_word(const u32* from) {
+  u32 word;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+  return word;
+}
+
 __device__ __forceinline__ void store_word(u32* to, u32 word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
