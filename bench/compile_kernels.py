@@ -201,9 +201,23 @@ def impossible_plans() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--only", choices=("triton", "cuda"))
     parser.add_argument("--json", type=Path, help="also write everything there")
     options = parser.parse_args()
-    cases, bad, everything = list(shipped(tuple(options.widths))), 0, []
+    everything, bad = [], 0
+    if options.only != "cuda":
+        bad += triton_kernels(tuple(options.widths), everything)
+    if options.only != "triton":
+        bad += cuda_kernels(everything)
+    if options.json:
+        options.json.write_text(json.dumps(everything, indent=1))
+    print(f"{len(everything)} kernels, {bad} that spill or take more than there is")
+    sys.exit(bad > 0)
+
+
+def triton_kernels(widths: tuple[int, ...], everything: list[dict]) -> int:
+    """Adds to `everything` what each takes, and returns how many take too much."""
+    cases, bad = list(shipped(widths)), 0
     print(f"{'':8}{'dtype':9} width  rows guided  {'kernel':24} registers stack shared  s")
     with ProcessPoolExecutor() as pool:
         for case, kernels in zip(cases, pool.map(compile_case, cases), strict=True):
@@ -215,6 +229,12 @@ def main() -> None:
                     f"{k['kernel']:24} {k['reg']:9} {k['stack']:5} {k['shared']:6} {k['seconds']:4.1f}",
                     flush=True,
                 )
+    return bad
+
+
+def cuda_kernels(everything: list[dict]) -> int:
+    """As triton_kernels; also plans that are impossible."""
+    bad = 0
     for compiler, why_not in cuda_compilers().items():
         if why_not is not None:
             print(f"CUDA kernels by {compiler}: skipped: {why_not}")
@@ -227,10 +247,7 @@ def main() -> None:
     for problem in impossible_plans():
         bad += 1
         print(problem)
-    if options.json:
-        options.json.write_text(json.dumps(everything, indent=1))
-    print(f"{len(everything)} kernels, {bad} that spill or take more than there is")
-    sys.exit(bad > 0)
+    return bad
 
 
 if __name__ == "__main__":
