@@ -195,21 +195,7 @@ void launch(MlpDenoise call, const Plan& plan, size_t shared_bytes) {
   }
   for (const Turn& turn : turns) {
     call.patience = turn.patience;
-    std::vector<std::unique_ptr<host::Block>> blocks;
-    std::vector<std::thread> threads;
-    for (size_t i = 0; i < turn.blocks.size(); ++i) blocks.push_back(std::make_unique<host::Block>(kThreads, shared_bytes));
-    for (size_t i = 0; i < turn.blocks.size(); ++i)
-      for (int thread = 0; thread < kThreads; ++thread)
-        threads.emplace_back([&, i, thread] {
-          threadIdx.x = thread;
-          blockIdx.x = turn.blocks[i];
-          gridDim.x = grid;
-          host::here.block = blocks[i].get();
-          host::here.warp = &blocks[i]->warps[thread / 32];
-          host::here.lane = thread % 32;
-          plan.entry(call);
-        });
-    for (std::thread& thread : threads) thread.join();
+    host::run_blocks(turn.blocks, grid, kThreads, shared_bytes, [&] { plan.entry(call); });
   }
 }
 

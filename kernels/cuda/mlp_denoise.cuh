@@ -330,15 +330,15 @@ class Loop {
       float* sums = partial(tile % 2 * kWarps);
       products<kWarps>(reinterpret_cast<const uint2*>(streams ? slot(in_use) : unit(index)), warp(), sums + warp() * kTile);
       __syncthreads();
-      if (streams) {
-        stream_next_unit(in_use);
-        in_use = in_use + 1 == p.ring ? 0 : in_use + 1;
-      }
       if (is_output()) {
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) sum += sums[w * kTile + thread];
         store(tile, sum);
+      }
+      if (streams) {
+        stream_next_unit(in_use);
+        in_use = in_use + 1 == p.ring ? 0 : in_use + 1;
       }
     }
   }

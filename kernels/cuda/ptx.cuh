@@ -84,7 +84,8 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// The same value, of which the compiler knows nothing.
+// The same value, of which the compiler knows nothing: so it cannot compute all that follows from it ahead, and keep it in
+// registers.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;

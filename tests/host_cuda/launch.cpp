@@ -1,6 +1,5 @@
 // kernels/cuda/mlp_denoise.cu on the threads of this machine, as a library for tests.
 #include <cstddef>
-#include <memory>
 #include <string>
 
 #include "host_cuda/ptx.h"
@@ -25,25 +24,9 @@ extern "C" {
 // missing: so many of the grid's last blocks never run.
 void host_cuda_launch(const char* name, const MlpDenoise* call, int grid, int shared_bytes, int missing) {
   const Entry entry = entry_named(name);
-  std::vector<std::unique_ptr<host::Block>> blocks;
-  std::vector<std::thread> threads;
-  for (int i = 0; i < grid; ++i) blocks.push_back(std::make_unique<host::Block>(kThreads, shared_bytes));
-  for (int block = 0; block < grid - missing; ++block)
-    for (int thread = 0; thread < kThreads; ++thread)
-      threads.emplace_back([&, block, thread] {
-        threadIdx.x = thread;
-        blockIdx.x = block;
-        gridDim.x = grid;
-        host::here.block = blocks[block].get();
-        host::here.warp = &blocks[block]->warps[thread / 32];
-        host::here.lane = thread % 32;
-        entry(*call);
-      });
-  for (std::thread& thread : threads) thread.join();
+  host::run_grid(grid, missing, kThreads, shared_bytes, [=] { entry(*call); });
 }
 
-int host_cuda_warps() { return kWarps; }
-void host_cuda_skip_sync(int line) { host::skipped_line = line; }
 void host_cuda_slow_block(int block) { host::slow_block = block; }
 
 // Where each field lies, for cuda.py's structure to be compared with; returns how many there are.

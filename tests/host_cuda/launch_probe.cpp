@@ -1,7 +1,6 @@
 // bench/probe.cu on the threads of this machine, as a library for tests.
 #include <cstddef>
 #include <map>
-#include <memory>
 #include <string>
 
 #include "host_cuda/ptx.h"
@@ -33,21 +32,7 @@ extern "C" {
 void host_probe_launch(const char* name, const Probe* probe, int grid, int missing, int slow) {
   const auto entry = kEntries.at(name);
   host::slow_block = slow;
-  std::vector<std::unique_ptr<host::Block>> blocks;
-  std::vector<std::thread> threads;
-  for (int i = 0; i < grid; ++i) blocks.push_back(std::make_unique<host::Block>(kThreads, 0));
-  for (int block = 0; block < grid - missing; ++block)
-    for (int thread = 0; thread < kThreads; ++thread)
-      threads.emplace_back([&, block, thread] {
-        threadIdx.x = thread;
-        blockIdx.x = block;
-        gridDim.x = grid;
-        host::here.block = blocks[block].get();
-        host::here.warp = &blocks[block]->warps[thread / 32];
-        host::here.lane = thread % 32;
-        entry(*probe);
-      });
-  for (std::thread& thread : threads) thread.join();
+  host::run_grid(grid, missing, kThreads, 0, [=] { entry(*probe); });
 }
 
 // Where each field lies, for probes.py's structure to be compared with; returns how many there are.

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -116,6 +117,34 @@ inline int skipped_line = 0, slow_block = -1;
 
 inline void sync_threads(int line) {
   if (line != skipped_line) here.block->barrier.arrive_and_wait();
+}
+
+// These blocks of a grid, all at once, until they are done.
+template <class Kernel>
+void run_blocks(const std::vector<int>& numbers, int grid, int threads, size_t shared_bytes, Kernel kernel) {
+  std::deque<Block> blocks;
+  std::vector<std::thread> running;
+  for (size_t i = 0; i < numbers.size(); ++i) blocks.emplace_back(threads, shared_bytes);
+  for (size_t i = 0; i < numbers.size(); ++i)
+    for (int thread = 0; thread < threads; ++thread)
+      running.emplace_back([&, i, thread] {
+        threadIdx.x = thread;
+        blockIdx.x = numbers[i];
+        gridDim.x = grid;
+        here.block = &blocks[i];
+        here.warp = &blocks[i].warps[thread / 32];
+        here.lane = thread % 32;
+        kernel();
+      });
+  for (std::thread& thread : running) thread.join();
+}
+
+// All but the last `missing` of them.
+template <class Kernel>
+void run_grid(int grid, int missing, int threads, size_t shared_bytes, Kernel kernel) {
+  std::vector<int> numbers(grid - missing);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  run_blocks(numbers, grid, threads, shared_bytes, kernel);
 }
 
 // `show` puts this lane's part into the place of this exchange, where all lanes' are once it returns.
