@@ -112,7 +112,7 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, 
     found = gpu(device)
     if isinstance(found, str):
         return found
-    if plan_for(spec, Shape(1, graphs.row_bucket(rows), False, False, *HOISTS), found) is None:
+    if any(plan_for(spec, Shape(1, graphs.row_bucket(rows), guided, False, *HOISTS), found) is None for guided in (False, True)):
         return (
             f"width {spec.width} and {rows} rows do not fit {found.multiprocessors} multiprocessors with "
             f"{found.shared_bytes >> 10} KiB of shared memory each"
@@ -169,10 +169,7 @@ def denoise(
     return triton.replayed(w, shape, layout, loop, fill, z, noise)
 
 
-HOISTS = (
-    tiles.HEURISTIC["bfloat16"][tiles.FEW],
-    "ieee",
-)  # of the product before the loop: one choice, hence the same bits for a row
+HOISTS = tiles.HEURISTIC["bfloat16"][tiles.FEW], "ieee"  # of the product before the loop: one choice, whatever the rows
 
 
 @dataclass(frozen=True)
