@@ -1,6 +1,7 @@
 """On a GPU: the persistent CUDA kernel. Its formulas and its waiting are checked without one in test_cuda.py."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -19,9 +20,20 @@ pytestmark = [
 HEADS = [(1024, 6), (1280, 8), (1536, 12), (272, 3)]
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def bfloat16_head(width: int, depth: int) -> MLPHead:
+    return fitted_head(width, depth, torch.bfloat16)
+
+
+@functools.cache
+def exact_head(width: int, depth: int) -> MLPHead:
+    parameters = bfloat16_head(width, depth)._net.state_dict()
+    return MLPHead.from_state_dict({name: p.double() for name, p in parameters.items()})
+
+
+@pytest.fixture
 def head() -> MLPHead:
-    return fitted_head(1024, 6, torch.bfloat16)
+    return bfloat16_head(1024, 6)
 
 
 def run(head: MLPHead, settings: dict, **how) -> torch.Tensor:
@@ -40,8 +52,7 @@ def test_it_is_there():
 @pytest.mark.parametrize("rows", [2, 8, 14, 16, 34, 64])
 @pytest.mark.parametrize(("width", "depth"), HEADS)
 def test_is_as_good_as_eager(width, depth, rows, cfg):
-    low = fitted_head(width, depth, torch.bfloat16)
-    exact = MLPHead.from_state_dict({name: p.double() for name, p in low._net.state_dict().items()})
+    low, exact = bfloat16_head(width, depth), exact_head(width, depth)
     results = []
     for _ in range(max(1, 120 // rows)):
         settings = call(rows, 6, cfg)
@@ -56,12 +67,12 @@ def test_no_phase_is_wrong(width, depth):
     if jit.why_not() is not None:
         pytest.skip(f"compiles a kernel that can stop: {jit.why_not()}")
     settings = call(20, 2, 3.0)
-    assert cuda_check.first_wrong_phase(fitted_head(width, depth, torch.bfloat16), **settings) is None
+    assert cuda_check.first_wrong_phase(bfloat16_head(width, depth), **settings) is None
 
 
 @pytest.mark.parametrize(("width", "depth"), HEADS)
 def test_a_row_does_not_depend_on_its_company(width, depth):
-    head, settings = fitted_head(width, depth, torch.bfloat16), call(64, 5, 1.0)
+    head, settings = bfloat16_head(width, depth), call(64, 5, 1.0)
     together = run(head, settings)
     for some in ([63], [3, 0, 5], list(range(14)), list(range(40))):
         part = {"z": settings["z"][some], "noise": settings["noise"][some], "step_noise": settings["step_noise"][:, some]}
@@ -92,7 +103,7 @@ def test_without_a_graph_and_within_another(head, monkeypatch):
 
 def test_several_heads_on_several_streams(head):
     """Every launch takes all multiprocessors, so they come one after the other, and none waits for blocks that cannot start."""
-    heads = [head, fitted_head(1280, 8, torch.bfloat16), MLPHead.from_module(copy.deepcopy(head._net))]
+    heads = [head, bfloat16_head(1280, 8), MLPHead.from_module(copy.deepcopy(head._net))]
     settings = [call(8, 20, 3.0) for _ in range(9)]
     expected = [run(heads[i % 3], some) for i, some in enumerate(settings)]
     streams = [torch.cuda.Stream() for _ in range(3)]
