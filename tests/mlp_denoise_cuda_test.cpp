@@ -301,6 +301,9 @@ struct Problem {
     call.guided = guided;
     call.first_step = first_step + begin;
     call.groups = plan.groups;
+    call.blocks = plan.blocks;
+    call.each = trajectories / plan.groups;
+    call.more = trajectories % plan.groups;
     call.activations_at = kPartialAt + 4 * std::min(tiles_max, 2) * kWarps * kTile;
     call.own_at = up(call.activations_at + 2 * rows_max * (width + kPad), 16);
     call.units_at = up(call.own_at + 4 * tiles_max * kOwn, 128);

@@ -58,8 +58,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("scalars", "noise", "philox", "x", "before", "words", "dump")),
         ("patience", ctypes.c_uint64),
         *((name, ctypes.c_int) for name in ("width", "depth", "channels", "steps", "trajectories", "guided", "first_step")),
-        *((name, ctypes.c_int) for name in ("groups", "activations_at", "own_at", "units_at", "out_resident", "resident")),
-        *((name, ctypes.c_int) for name in ("ring", "stop_step", "stop_phase")),
+        *((name, ctypes.c_int) for name in ("groups", "blocks", "each", "more", "activations_at", "own_at", "units_at")),
+        *((name, ctypes.c_int) for name in ("out_resident", "resident", "ring", "stop_step", "stop_phase")),
     )
 
 
@@ -243,9 +243,10 @@ def launch(w: Weights, shape: Shape, b: Buffers, steps: range, modulation: Tenso
         trajectories=shape.trajectories,
         guided=shape.guided,
         first_step=steps.start,
-        **{name: getattr(plan, name) for name in ("groups", "activations_at", "own_at", "units_at", "out_resident")},
-        resident=plan.resident,
-        ring=plan.ring,
+        each=shape.trajectories // plan.groups,
+        more=shape.trajectories % plan.groups,
+        **{name: getattr(plan, name) for name in ("groups", "blocks", "activations_at", "own_at", "units_at")},
+        **{name: getattr(plan, name) for name in ("out_resident", "resident", "ring")},
         **{"patience": PATIENCE, "stop_step": -1, **fields},
     )
     on.launch(w.entry, call, plan)

@@ -6,9 +6,9 @@ using disa_fast::cuda::MlpDenoise;
 
 // Budget of an entry, which `make kernels` holds it to. One block owns a multiprocessor: all 65536 registers over 512 threads; all
 // its shared memory, dynamic, as disa_fast/backends/cuda.py plans it; nothing spilled.
-constexpr int kMaxRegisters = 128;
-constexpr int kMaxStackBytes = 0;
-constexpr int kMaxStaticSharedBytes = 0;
+[[maybe_unused]] constexpr int kMaxRegisters = 128;
+[[maybe_unused]] constexpr int kMaxStackBytes = 0;
+[[maybe_unused]] constexpr int kMaxStaticSharedBytes = 0;
 
 static_assert(kMaxRegisters * 32 * 16 <= 65536, "so many registers there are");
 

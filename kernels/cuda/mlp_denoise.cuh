@@ -88,14 +88,9 @@ template <int kWidth>
 class Loop {
  public:
   __device__ explicit Loop(const MlpDenoise& call) : p(call), thread(threadIdx.x) {
-    stride = gridDim.x / p.groups;
-    group = blockIdx.x / stride;
-    block = blockIdx.x % stride;
-    const int each = p.trajectories / p.groups, more = p.trajectories % p.groups;
-    n = each + (group < more);
-    first = group * each + (group < more ? group : more);
-    rows = p.guided ? 2 * n : n;
-    tiles = (width() / kColumns - block + stride - 1) / stride;
+    group = blockIdx.x / p.blocks;
+    block = blockIdx.x % p.blocks;
+    tiles = (width() / kColumns - block + p.blocks - 1) / p.blocks;
   }
 
   __device__ void run() {
@@ -174,10 +169,10 @@ class Loop {
 #pragma unroll
     for (int j = 0; j < kTokenValuesEach; ++j) {
       const int t = (thread + j * kThreads) / kChannels, channel = (thread + j * kThreads) % kChannels;
-      if (t >= n || channel >= p.channels) continue;
+      if (t >= n() || channel >= p.channels) continue;
       float o = network_output(t, channel);
       if (p.guided) {
-        const float unconditional = network_output(n + t, channel);
+        const float unconditional = network_output(n() + t, channel);
         o = unconditional + cfg * (o - unconditional);
       }
       float& state = x()[t * kChannels + channel];
@@ -197,13 +192,13 @@ class Loop {
 #pragma unroll 1
     for (int o = thread; o < tiles * kTile; o += kThreads) {
       const int tile = o / kTile, row = o % kTile / kColumns, column = o % kColumns;
-      if (row >= rows) continue;
-      const float *token = x() + (row < n ? row : row - n) * kChannels, *weight = in_weight(tile) + column * (kChannels + 1);
+      if (row >= rows()) continue;
+      const float *token = x() + (row < n() ? row : row - n()) * kChannels, *weight = in_weight(tile) + column * (kChannels + 1);
       float sum = in_bias(tile)[column];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) sum += token[c] * weight[c];
       residual(tile)[o % kTile] = sum;
-      const int own = (block + tile * stride) * kColumns + column;
+      const int own = (block + tile * p.blocks) * kColumns + column;
       store_word(h_words(exchange) + row * width() + own, word_of(sum, exchange));
       dump(of, 0, row, own, sum);
     }
@@ -214,7 +209,7 @@ class Loop {
   // norm(h) * scale + shift; shift begins at `column` of the modulation, scale a width behind. A warp takes a row.
   __device__ void gather_normalized(u32 exchange, int column) {
 #pragma unroll 1
-    for (int row = warp(); row < rows; row += kWarps) {
+    for (int row = warp(); row < rows(); row += kWarps) {
       thread = opaque(thread);
       const u32* words = h_words(exchange) + row * width();
       const u16* modulation = modulation_of(row) + column;
@@ -261,7 +256,7 @@ class Loop {
   // u, rounded
   __device__ void gather_hidden(u32 exchange) {
 #pragma unroll 1
-    for (int row = warp(); row < rows; row += kWarps) {
+    for (int row = warp(); row < rows(); row += kWarps) {
       const u32* words = u_words() + row * width();
       const auto load_u = [&](int i) { return load_or_lose(words, i); };
       Kept<uint4, kEach> u;
@@ -349,7 +344,7 @@ class Loop {
   __device__ __forceinline__ void products(const uint2* unit, int part, float* sums) {
     const int pieces = width() / 16, begin = pieces * part / kParts;
     const int count = pieces % kParts == 0 ? pieces / kParts : pieces * (part + 1) / kParts - begin;
-    const int row = lane() % 16 < rows ? lane() % 16 : rows - 1;
+    const int row = lane() % 16 < rows() ? lane() % 16 : rows() - 1;
     const u16* from = activations(row) + lane() / 16 * 8 + begin * 16;
     unit += begin * 32 + lane();
     float4 even = {0, 0, 0, 0}, odd = {0, 0, 0, 0};  // two sums, so that an instruction need not wait for the one before
@@ -425,7 +420,7 @@ class Loop {
   }
 
   // Of a unit of this block (layer * tiles + tile) among all blocks'.
-  __device__ int place_of(int index) const { return index / tiles * (width() / kColumns) + block + index % tiles * stride; }
+  __device__ int place_of(int index) const { return index / tiles * (width() / kColumns) + block + index % tiles * p.blocks; }
   __device__ int out_place(int tile) const { return 2 * p.depth * (width() / kColumns) + tile; }
 
   // State ---------------------------------------------------------------------------------------------------------------------
@@ -438,13 +433,13 @@ class Loop {
     if (thread < 2 * kChannels) shared<float>(kOutBiasAt)[thread] = load_ahead(p.out_bias + thread);
     for (int o = thread; o < kTokenValues; o += kThreads) {
       const int t = o / kChannels, channel = o % kChannels;
-      const bool live = t < n && channel < p.channels;
-      const int at = (first + t) * p.channels + channel;
+      const bool live = t < n() && channel < p.channels;
+      const int at = (first() + t) * p.channels + channel;
       x()[o] = live ? as_float(load_word(p.x + at)) : 0;
       before()[o] = live ? as_float(load_word(p.before + at)) : 0;
     }
     for (int o = thread; o < tiles * kColumns; o += kThreads) {
-      const int column = (block + o / kColumns * stride) * kColumns + o % kColumns;
+      const int column = (block + o / kColumns * p.blocks) * kColumns + o % kColumns;
       in_bias(o / kColumns)[o % kColumns] = load_ahead(p.in_bias + column);
       float* weight = in_weight(o / kColumns) + o % kColumns * (kChannels + 1);
       for (int c = 0; c < kChannels; ++c) weight[c] = load_ahead(p.in_weight + column * kChannels + c);
@@ -455,10 +450,10 @@ class Loop {
   // are words too.
   __device__ void store_state() {
     if (block != 0) return;
-    for (int o = thread; o < n * kChannels; o += kThreads) {
+    for (int o = thread; o < n() * kChannels; o += kThreads) {
       const int t = o / kChannels, channel = o % kChannels;
       if (channel >= p.channels) continue;
-      const int at = (first + t) * p.channels + channel;
+      const int at = (first() + t) * p.channels + channel;
       store_word(p.x + at, as_bits(x()[o]));
       store_word(p.before + at, as_bits(before()[o]));
     }
@@ -467,10 +462,10 @@ class Loop {
   // Standard normal, for value o = trajectory * kChannels + channel of the group's tokens.
   __device__ float noise_of(int o) {
     const int t = o / kChannels, channel = o % kChannels;
-    if (t >= n || channel >= p.channels) return 0;
-    if (p.philox != nullptr) return philox_normal(first + t, channel);
+    if (t >= n() || channel >= p.channels) return 0;
+    if (p.philox != nullptr) return philox_normal(first() + t, channel);
     if (p.noise == nullptr) return 0;
-    return load_ahead(p.noise + (size_t(step) * p.trajectories + first + t) * p.channels + channel);
+    return load_ahead(p.noise + (size_t(step) * p.trajectories + first() + t) * p.channels + channel);
   }
 
   // Philox4x32-10 and Box-Muller, number for number what disa_fast/philox.py draws.
@@ -536,14 +531,19 @@ class Loop {
 
   // Output of a tile that a thread sums up and stores
   __device__ int output_row() const { return thread / kColumns; }
-  __device__ bool is_output() const { return output_row() < rows; }
-  __device__ int column_of(int tile) const { return (block + tile * stride) * kColumns + thread % kColumns; }
+  __device__ bool is_output() const { return output_row() < rows(); }
+  __device__ int column_of(int tile) const { return (block + tile * p.blocks) * kColumns + thread % kColumns; }
 
   __device__ int warp() const { return thread / 32; }
   __device__ int lane() const { return thread % 32; }
 
+  // The group's trajectories, the first of them, and rows: from constants, so that no register holds them
+  __device__ int n() const { return p.each + (group < p.more); }
+  __device__ int first() const { return group * p.each + (group < p.more ? group : p.more); }
+  __device__ int rows() const { return p.guided ? 2 * n() : n(); }
+
   // Of a group's row among all
-  __device__ int row_of(int row) const { return row < n ? first + row : p.trajectories + first + row - n; }
+  __device__ int row_of(int row) const { return row < n() ? first() + row : p.trajectories + first() + row - n(); }
 
   __device__ const u16* modulation_of(int row) const {
     const size_t all = p.guided ? 2 * p.trajectories : p.trajectories;
@@ -563,9 +563,8 @@ class Loop {
 
   const MlpDenoise& p;
   int thread;
-  int group, block, stride;  // of the grid; of the group; how many, hence between tiles of one block
-  int first, n, rows;        // trajectories and rows of the group
-  int tiles;                 // that this block owns in every layer
+  int group, block;  // of the grid; of the group
+  int tiles;         // that this block owns in every layer
   int step = 0;
   bool lost = false;                        // whether this thread has waited for too long
   int in_use = 0, to_stream = 0, left = 0;  // of the ring: slot; unit to stream next, and how many
