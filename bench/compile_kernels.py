@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,8 @@ from disa_fast.backends import triton as backend
 from disa_fast.heads.mlp import MLPSpec
 from disa_fast.kernels.triton import tiles
 from disa_fast.kernels.triton.tiles import Tiles
+
+from . import nvcc
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 WIDTHS = (1024, 1280, 1536)
@@ -136,7 +137,8 @@ def _resources(text: str) -> dict[str, int]:
 
 # CUDA ------------------------------------------------------------------------------------------------------------------
 
-CUDA_ARCHITECTURES = {"sm_80": (108, 163), "sm_90a": (132, 227), "sm_100": (148, 227)}  # multiprocessors, KiB of shared memory
+CUDA_ARCHITECTURES = {"sm_80": 108, "sm_90a": 132, "sm_100": 148}  # multiprocessors
+CUDA_COMPILERS = {"nvcc": nvcc, "NVRTC": jit}
 
 
 @dataclass(frozen=True)
@@ -148,27 +150,6 @@ class NoGpu:
     warps: int = cuda.NvidiaGpu.warps
 
 
-def by_nvcc(source: Path, architecture: str, *defines: str) -> bytes:
-    tool = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    target = ["-gencode", f"arch=compute_{architecture.removeprefix('sm_')},code={architecture}"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        command = [tool, "-std=c++17", "-cubin", *target, *(f"-D{name}" for name in defines), source, "-o", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        return Path(file.name).read_bytes()
-
-
-def by_nvrtc(source: Path, architecture: str, *defines: str) -> bytes:
-    return jit.compile_cubin(source, architecture, defines)
-
-
-def cuda_compilers() -> dict[str, str | None]:
-    """Each with the reason why it is not here, or None."""
-    nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
-    return {"nvcc": None if nvcc else "no nvcc", "NVRTC": jit.why_not()}
-
-
 def compile_cuda(compiler: str, source: Path = cuda.SOURCE, architectures: Iterable[str] = tuple(CUDA_ARCHITECTURES)) -> list[dict]:
     """What each entry takes on each architecture, and what of it is over the budget; kernels that can stop have none."""
     budget = {name: int(value) for name, value in re.findall(r"constexpr int (kMax\w+) = (\d+);", source.read_text())}
@@ -176,10 +157,10 @@ def compile_cuda(compiler: str, source: Path = cuda.SOURCE, architectures: Itera
     compiled = []
     for architecture in architectures:
         for defines in ((), ("DISA_FAST_STOP",)):
-            cubin = (by_nvcc if compiler == "nvcc" else by_nvrtc)(source, architecture, *defines)
+            cubin = CUDA_COMPILERS[compiler].compile_cubin(source, architecture, defines)
             for name, text in re.findall(r"Function (\w+):\n(.*)", _cuobjdump(cubin)):
                 found = _resources(text)
-                found["shared"] -= 1024 * (architecture not in ("sm_80",))  # that the system keeps for itself
+                found["shared"] -= 1024 * (architecture != "sm_80")  # that the system keeps for itself
                 over = [] if defines else [what for what, limit in limits.items() if found[what] > limit]
                 kernel = " ".join([name, *defines])
                 compiled.append({"compiler": compiler, "architecture": architecture, "kernel": kernel, **found, "over": over})
@@ -189,11 +170,9 @@ def compile_cuda(compiler: str, source: Path = cuda.SOURCE, architectures: Itera
 def impossible_plans() -> list[str]:
     """Published heads and numbers of rows for which there is no plan on some GPU."""
     missing = []
-    for (architecture, (count, kilobytes)), width, rows in itertools.product(
-        CUDA_ARCHITECTURES.items(), WIDTHS, range(2, cuda.MAX_ROWS + 1, 2)
-    ):
+    for (architecture, count), width, rows in itertools.product(CUDA_ARCHITECTURES.items(), WIDTHS, range(2, cuda.MAX_ROWS + 1, 2)):
         shape = cuda.Shape(1, graphs.row_bucket(rows), True, True, *cuda.HOISTS)
-        if cuda.plan_for(MLPSpec(16, width, 12, 1024), shape, NoGpu(count, kilobytes << 10)) is None:
+        if cuda.plan_for(MLPSpec(16, width, 12, 1024), shape, NoGpu(count, SHARED_BYTES[architecture.removesuffix("a")])) is None:
             missing.append(f"{architecture}: no plan for width {width}, {rows} rows")
     return missing
 
@@ -235,7 +214,8 @@ def triton_kernels(widths: tuple[int, ...], everything: list[dict]) -> int:
 def cuda_kernels(everything: list[dict]) -> int:
     """As triton_kernels; also plans that are impossible."""
     bad = 0
-    for compiler, why_not in cuda_compilers().items():
+    for compiler, module in CUDA_COMPILERS.items():
+        why_not = module.why_not()
         if why_not is not None:
             print(f"CUDA kernels by {compiler}: skipped: {why_not}")
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from disa_fast import jit
 from disa_fast.backends import cuda
+
+from . import nvcc
 
 SOURCE = Path(__file__).with_name("probe.cu")
 KERNELS = cuda.SOURCE.parent
@@ -59,11 +60,7 @@ def why_not() -> str | None:
     if cuda._C is None:
         return "the native core, which launches probe.cu, is not part of this installation"
     reason = jit.why_not()
-    return None if reason is None or nvcc() else f"probe.cu cannot be compiled: no nvcc, and {reason}"
-
-
-def nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    return None if reason is None or nvcc.why_not() is None else f"probe.cu cannot be compiled: no nvcc, and {reason}"
 
 
 def image(architecture: str) -> bytes:
@@ -72,14 +69,8 @@ def image(architecture: str) -> bytes:
         folder = Path(name)
         for path in (SOURCE, *KERNELS.glob("*.cuh"), *KERNELS.glob("*.h")):
             shutil.copy(path, folder)
-        source, cubin = folder / SOURCE.name, folder / "probe.cubin"
-        if jit.why_not() is None:
-            return jit.compile_cubin(source, architecture)
-        command = [nvcc(), "-std=c++17", f"-arch={architecture}", "-cubin", "-o", cubin, source]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"nvcc does not compile probe.cu: {done.stderr[-2000:]}")
-        return cubin.read_bytes()
+        compiler = jit if jit.why_not() is None else nvcc
+        return compiler.compile_cubin(folder / SOURCE.name, architecture)
 
 
 class NvidiaGpu:

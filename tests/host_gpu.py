@@ -23,13 +23,14 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def library(kernels: Path = ROOT / "kernels" / "cuda") -> ctypes.CDLL:
-    """Compiled from the sources in `kernels`. AssertionError with the compiler's words if it cannot be."""
+def library(launcher: str = "launch.cpp", sources: Path = ROOT / "kernels" / "cuda") -> ctypes.CDLL:
+    """A launcher of tests/host_cuda over the kernels in `sources`. AssertionError with the words of a compiler that fails."""
     built = Path(tempfile.mkdtemp()) / "host_cuda.so"
     flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", "-w"]
     defines = [f"-DDISA_FAST_WARPS={WARPS}", "-DDISA_FAST_STOP"]
-    command = [compiler(), *flags, *defines, f"-I{kernels}", f"-I{ROOT / 'tests'}", ROOT / "tests" / "host_cuda" / "launch.cpp"]
-    done = subprocess.run([*command, "-o", built], capture_output=True, text=True)
+    includes = [f"-I{folder}" for folder in (sources, ROOT / "kernels" / "cuda", ROOT / "tests")]
+    command = [compiler(), *flags, *defines, *includes, ROOT / "tests" / "host_cuda" / launcher, "-o", built]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = ctypes.CDLL(str(built))
     shutil.rmtree(built.parent)
@@ -45,7 +46,7 @@ class HostGpu:
     def __init__(
         self, kernels: Path | None = None, multiprocessors: int = 4, shared_bytes: int = 60_000, missing: int = 0, slow: int = -1
     ):
-        self.library = library(kernels) if kernels else library()
+        self.library = library(sources=kernels) if kernels else library()
         self.multiprocessors, self.shared_bytes, self.missing = multiprocessors, shared_bytes, missing
         self.slow = slow
         self.entries: list[str] = []  # that were launched

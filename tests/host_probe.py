@@ -1,29 +1,16 @@
 """bench/probe.cu on the processor: tests/host_cuda built as a library, in the place of a GPU."""
 
 import ctypes
-import functools
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
-from host_gpu import CPU, ROOT, WARPS, compiler
+import host_gpu
+from host_gpu import CPU, ROOT, WARPS
 
 SOURCE = ROOT / "bench" / "probe.cu"
 
 
-@functools.cache
 def library(source: Path = SOURCE) -> ctypes.CDLL:
-    """AssertionError with the compiler's words if it cannot be compiled."""
-    built = Path(tempfile.mkdtemp()) / "host_probe.so"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", f"-DDISA_FAST_WARPS={WARPS}"]
-    includes = [f"-I{folder}" for folder in (source.parent, ROOT / "kernels" / "cuda", ROOT / "tests")]
-    command = [compiler(), *flags, *includes, ROOT / "tests" / "host_cuda" / "launch_probe.cpp", "-o", built]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded = ctypes.CDLL(str(built))
-    shutil.rmtree(built.parent)
-    return loaded
+    return host_gpu.library("launch_probe.cpp", source.parent)
 
 
 class HostGpu:

@@ -300,7 +300,6 @@ struct Problem {
     call.trajectories = trajectories;
     call.guided = guided;
     call.first_step = first_step + begin;
-    call.groups = plan.groups;
     call.blocks = plan.blocks;
     call.each = trajectories / plan.groups;
     call.more = trajectories % plan.groups;

@@ -123,7 +123,7 @@ def test_nvrtc_compiles_it(probes, architecture, tmp_path, monkeypatch):
 
 def test_nvcc_compiles_it(probes, monkeypatch):
     monkeypatch.setattr(jit, "why_not", lambda: "there is no NVRTC")
-    if probes.nvcc() is None:
+    if probes.nvcc.tool() is None:
         pytest.skip("needs nvcc")
     assert all(entry in probes.image("sm_90a") for entry in ENTRIES)
     with pytest.raises(RuntimeError, match=r"nvcc does not compile probe\.cu: .*sm_12"):
@@ -133,9 +133,9 @@ def test_nvcc_compiles_it(probes, monkeypatch):
 def test_says_why_not(probes, monkeypatch):
     monkeypatch.setattr(probes.cuda, "_C", object())
     monkeypatch.setattr(jit, "why_not", lambda: "there is no NVRTC")
-    monkeypatch.setattr(probes, "nvcc", lambda: None)
+    monkeypatch.setattr(probes.nvcc, "tool", lambda: None)
     assert probes.why_not() == "probe.cu cannot be compiled: no nvcc, and there is no NVRTC"
-    monkeypatch.setattr(probes, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(probes.nvcc, "tool", lambda: "nvcc")
     assert probes.why_not() is None
     monkeypatch.setattr(probes.cuda, "_C", None)
     assert probes.why_not().startswith("the native core")

@@ -58,7 +58,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("scalars", "noise", "philox", "x", "before", "words", "dump")),
         ("patience", ctypes.c_uint64),
         *((name, ctypes.c_int) for name in ("width", "depth", "channels", "steps", "trajectories", "guided", "first_step")),
-        *((name, ctypes.c_int) for name in ("groups", "blocks", "each", "more", "activations_at", "own_at", "units_at")),
+        *((name, ctypes.c_int) for name in ("blocks", "each", "more", "activations_at", "own_at", "units_at")),
         *((name, ctypes.c_int) for name in ("out_resident", "resident", "ring", "stop_step", "stop_phase")),
     )
 
@@ -245,7 +245,7 @@ def launch(w: Weights, shape: Shape, b: Buffers, steps: range, modulation: Tenso
         first_step=steps.start,
         each=shape.trajectories // plan.groups,
         more=shape.trajectories % plan.groups,
-        **{name: getattr(plan, name) for name in ("groups", "blocks", "activations_at", "own_at", "units_at")},
+        **{name: getattr(plan, name) for name in ("blocks", "activations_at", "own_at", "units_at")},
         **{name: getattr(plan, name) for name in ("out_resident", "resident", "ring")},
         **{"patience": PATIENCE, "stop_step": -1, **fields},
     )
@@ -317,7 +317,7 @@ def _load(index: int) -> Gpu | str:
         with torch.cuda.device(device):
             found = NvidiaGpu(device)
             return is_wrong(found, device) or found
-    except (jit.JitError, RuntimeError, OSError) as error:
+    except (RuntimeError, OSError) as error:
         return f"could not be set up on {torch.cuda.get_device_name(device)}: {error}"
 
 

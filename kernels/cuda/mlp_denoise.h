@@ -33,7 +33,7 @@ struct MlpDenoise {
   u64 patience;            // nanoseconds that the launch may take before it gives up, leaving NaN
   int width, depth, channels, steps, trajectories, guided;
   int first_step;                        // of this launch among the trajectory's, which philox counts
-  int groups, blocks;                    // groups of so many blocks, each with its share of the trajectories:
+  int blocks;                            // of a group; each group draws its share of the trajectories:
   int each, more;                        // so many, and the first `more` groups one more
   int activations_at, own_at, units_at;  // bytes into shared memory; see mlp_denoise.cuh
   int out_resident;                      // whether the output layer's units stay in shared memory

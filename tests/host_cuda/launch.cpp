@@ -33,11 +33,11 @@ void host_cuda_slow_block(int block) { host::slow_block = block; }
 int host_cuda_offsets(size_t* offsets) {
   const size_t found[] = {
 #define AT(field) offsetof(MlpDenoise, field)
-      AT(units),      AT(bias),         AT(out_bias), AT(in_weight), AT(in_bias),   AT(modulation),     AT(table),
-      AT(scalars),    AT(noise),        AT(philox),   AT(x),         AT(before),    AT(words),          AT(dump),
-      AT(patience),   AT(width),        AT(depth),    AT(channels),  AT(steps),     AT(trajectories),   AT(guided),
-      AT(first_step), AT(groups),       AT(blocks),   AT(each),      AT(more),      AT(activations_at), AT(own_at),
-      AT(units_at),   AT(out_resident), AT(resident), AT(ring),      AT(stop_step), AT(stop_phase),     sizeof(MlpDenoise),
+      AT(units),        AT(bias),     AT(out_bias), AT(in_weight), AT(in_bias),        AT(modulation),     AT(table),
+      AT(scalars),      AT(noise),    AT(philox),   AT(x),         AT(before),         AT(words),          AT(dump),
+      AT(patience),     AT(width),    AT(depth),    AT(channels),  AT(steps),          AT(trajectories),   AT(guided),
+      AT(first_step),   AT(blocks),   AT(each),     AT(more),      AT(activations_at), AT(own_at),         AT(units_at),
+      AT(out_resident), AT(resident), AT(ring),     AT(stop_step), AT(stop_phase),     sizeof(MlpDenoise),
 #undef AT
   };
   std::memcpy(offsets, found, sizeof found);
