@@ -4,13 +4,14 @@ from . import checkpoint, models, profiling, solvers
 from .accelerate import accelerate, restore
 from .errors import UnsupportedError
 from .explain import explain
-from .heads import MLPHead
+from .heads import FlowTransformerHead, MLPHead
 from .philox import Philox
 from .schedule import Constant, Cosine, Linear, StepList, TwoStage, parse_schedule
 
 __all__ = [
     "Constant",
     "Cosine",
+    "FlowTransformerHead",
     "Linear",
     "MLPHead",
     "Philox",

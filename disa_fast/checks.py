@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
+import torch
+from torch import Tensor
+
 
 def is_whole(value: object) -> bool:
     """An integer of Python's or numpy's, and not a bool."""
@@ -25,3 +28,13 @@ def check_shapes(expected: Mapping[str, Sequence[int]], given: Mapping[str, Sequ
     for name, shape in expected.items():
         if tuple(given[name]) != tuple(shape):
             raise ValueError(f"{where}: {name}: expected shape {list(shape)}, got {list(given[name])}")
+
+
+def check_labels(labels: object, classes: int, device: torch.device) -> None:
+    """ValueError for what is not a [B] tensor of whole numbers from 0 to classes - 1 on `device`."""
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels: expected a [B] tensor of whole numbers or None, got {labels!r}")
+    if labels.device != device:
+        raise ValueError(f"labels: expected it on {device}, where the model is, got {labels.device}")
+    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+        raise ValueError(f"labels: expected classes 0..{classes - 1}, got {labels.tolist()}")

@@ -132,10 +132,10 @@ _FORMS = "'linear:50-5', 'cosine:50-5', 'two-stage:50-5', 'constant:100' or 'lis
 _ANNEALED = {"linear": Linear, "cosine": Cosine, "two-stage": TwoStage}
 
 
-def parse_schedule(text: str) -> Schedule:
+def parse_schedule(text: str, rounding: str = "mar") -> Schedule:
     """A schedule from its text form: linear:EARLY-LATE, cosine:EARLY-LATE, two-stage:EARLY-LATE, constant:N, list:N,N,...
 
-    Raises ValueError for any other text, and for counts that the schedule itself refuses.
+    rounding: of the linear one, see Linear. Raises ValueError for any other text, and for counts that the schedule itself refuses.
     """
     if not isinstance(text, str):
         raise ValueError(f"schedule: expected text such as {_FORMS}, got {text!r}")
@@ -147,6 +147,8 @@ def parse_schedule(text: str) -> Schedule:
             counts = [int(n) for n in numbers.split(",")]
     except ValueError:
         raise ValueError(f"schedule: expected {_FORMS}, got {text!r}") from None
+    if kind == "linear":
+        return Linear(early, late, rounding)
     if kind in _ANNEALED:
         return _ANNEALED[kind](early, late)
     if kind == "constant" and len(counts) == 1:
@@ -156,9 +158,9 @@ def parse_schedule(text: str) -> Schedule:
     raise ValueError(f"schedule: expected {_FORMS}, got {text!r}")
 
 
-def as_schedule(schedule: Schedule | str) -> Schedule:
-    """`schedule` itself if it is callable, else the parsed text."""
-    return schedule if callable(schedule) else parse_schedule(schedule)
+def as_schedule(schedule: Schedule | str, rounding: str = "mar") -> Schedule:
+    """`schedule` itself if it is callable, else the parsed text, linear ones with the rounding of one of the four systems."""
+    return schedule if callable(schedule) else parse_schedule(schedule, rounding)
 
 
 def steps_at(schedule: Schedule, k: int, K: int) -> int:

@@ -1,8 +1,9 @@
-"""The training loss of diffusion heads with learned variance."""
+"""Training losses: of diffusion heads with learned variance, and of flow networks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -51,3 +52,13 @@ def _discretized_log_likelihood(centred: Tensor, target: Tensor, log_scale: Tens
     lower = torch.special.ndtr((centred - 1 / 255) / scale)
     mass = torch.where(target > 0.999, 1 - lower, torch.where(target < -0.999, upper, upper - lower))
     return mass.clamp(min=1e-12).log()
+
+
+def flow_loss(velocity: Callable[[Tensor], Tensor], target: Tensor, t: Tensor) -> Tensor:
+    """E |v_theta - (noise - target)|^2 on the straight path x = (1-t) target + t noise (arXiv 2210.02747, eq. 23).
+
+    velocity(x) -> same shape, of the network at time t, which broadcasts against target. Returns a scalar. As FlowAR_DiSA's
+    flowloss.py and xAR_DiSA's xar.py of the DiSA repository at 283fa59.
+    """
+    noise = torch.randn_like(target)
+    return (velocity((1 - t) * target + t * noise) - (noise - target)).square().mean()

@@ -8,9 +8,14 @@ A backend is one module with
     draws() -> bool                                                        whether step_noise may be a Philox, drawn in its loop
     denoise(head, z, table, cfg, temperature, noise, step_noise, batch_invariant) -> Tensor
 
-where noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is [n, z_channels], or
-[2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as they come and knows no
-solver. batch_invariant: a row's bits may not depend on the rows beside it.
+and where it serves the transformers of FlowAR and xAR too
+
+    integrate(head, call) -> Tensor                                        the loop along their flow; see heads/flow.py
+    transformer_ops(dtype) -> Plain                                        how it computes a block's parts (transformer.py)
+
+In `denoise`, noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is
+[n, z_channels], or [2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as they
+come and knows no solver. batch_invariant: a row's bits may not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -23,24 +28,32 @@ from ..errors import UnsupportedError
 from . import cpu, cuda, hoisted, reference, triton
 
 if TYPE_CHECKING:
+    from ..heads.cell_transformer import CellTransformerSpec
+    from ..heads.flow_transformer import FlowTransformerSpec
     from ..heads.mlp import MLPSpec
+
+    Spec = MLPSpec | FlowTransformerSpec | CellTransformerSpec
 
 BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "hoisted": hoisted, "reference": reference}
 
 
-def survey(
-    spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False
-) -> dict[str, str | None]:
+def survey(spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> dict[str, str | None]:
     """Each backend's answer to a call like this, the fastest first: None if it can serve it, else why not."""
     names = list(BACKENDS)
     if device.type == "cpu":
         names = [*names[2:], "triton", "cuda"]  # interpreted there, if at all
     elif rows > cuda.fastest_up_to(spec.width, device):
         names[:2] = ["triton", "cuda"]
-    return {name: BACKENDS[name].refuses(spec, dtype, device, rows, batch_invariant) for name in names}
+    return {name: _refuses(name, spec, dtype, device, rows, batch_invariant) for name in names}
 
 
-def choose(name: str, spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str:
+def _refuses(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool) -> str | None:
+    if not hasattr(BACKENDS[name], spec.loop):
+        return "serves MLP heads alone, not transformers"
+    return BACKENDS[name].refuses(spec, dtype, device, rows, batch_invariant)
+
+
+def choose(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str:
     """The backend asked for, or under "auto" the fastest that can serve the call: a key of BACKENDS. UnsupportedError if none."""
     why_not = survey(spec, dtype, device, rows, batch_invariant)
     able = [backend for backend, reason in why_not.items() if reason is None]

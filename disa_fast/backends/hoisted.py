@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import onednn
+from ..heads import flow
 from ..solvers import StepTable
+from ..transformer import RMS_EPS, Layer, Plain, Rotation
 from .reference import update
 
 if TYPE_CHECKING:
+    from ..heads.flow import FlowCall, FlowHead
     from ..heads.mlp import HoistedWeights, MLPHead, MLPSpec
 
 MODULATION_BYTES = 64 << 20
@@ -89,3 +93,58 @@ def evaluate(w: HoistedWeights, x: Tensor, modulation: Tensor, cfg: float) -> tu
         eps_u = F.linear(m[len(x) :], weight[:channels], bias[:channels]).to(state)
         eps = eps_u + cfg * (eps - eps_u)
     return eps, v
+
+
+class HoistedOps(Plain):
+    """A transformer block's parts in PyTorch, as fast as that goes: few passes over memory, oneDNN on a CPU. The residual stream is
+    float32, or float64, and is overwritten."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.state = dtype, torch.promote_types(dtype, torch.float32)
+
+    def linear(self, x: Tensor, layer: Layer) -> Tensor:
+        return onednn.linear(x.to(self.dtype), *layer)
+
+    def residual(self, x: Tensor) -> Tensor:
+        return x.to(self.state)
+
+    def norm_modulate(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        normed = F.rms_norm(h, h.shape[-1:], eps=RMS_EPS)
+        return torch.addcmul(normed, normed, scale).add_(shift).to(self.dtype)
+
+    def norm(self, h: Tensor, weight: Tensor) -> Tensor:
+        return (F.rms_norm(h.to(self.state), h.shape[-1:], eps=RMS_EPS) * weight).to(self.dtype)
+
+    def qkv(self, m: Tensor, layer: Layer, head_dim: int, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self.linear(m, layer).unflatten(-1, (3, -1, head_dim))
+        q, k = self._turned(parts[:, :, :2], rotation).permute(2, 0, 3, 1, 4)
+        return q, k, parts[:, :, 2].transpose(1, 2)
+
+    def q(self, m: Tensor, layer: Layer, head_dim: int, rotation: Rotation) -> Tensor:
+        return self._turned(self.linear(m, layer).unflatten(-1, (1, -1, head_dim)), rotation)[:, :, 0].transpose(1, 2)
+
+    @staticmethod
+    def _turned(x: Tensor, rotation: Rotation) -> Tensor:
+        """x: [rows, tokens, parts, heads, head_dim], turned in one pass as complex numbers."""
+        state = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = (table[:, ::2].to(state) for table in rotation)
+        pairs = torch.view_as_complex(x.to(state).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None, None]).flatten(-2).to(x.dtype)
+
+    def gated_mlp(self, m: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
+        return self.linear(onednn.gated_linear(m, gate, up), down)
+
+    def gated_residual(self, h: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
+        return h.add_(x) if gate is None else h.addcmul_(gate, x)
+
+
+def transformer_ops(dtype: torch.dtype) -> Plain:
+    return HoistedOps(dtype)
+
+
+def integrate(head: FlowHead, call: FlowCall) -> Tensor:
+    times = head.times(call.dtype, call.table)
+    velocity = head.hoisted(HoistedOps(call.dtype), times, call.guided, call.needed(), call.at, MODULATION_BYTES)
+    steps = flow.coefficients(call.table, call.noise.device)
+    return flow.integrate(velocity, steps, call.guided, call.noisy(), call.cfg, call.temperature, call.noise, call.step_noise)

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..heads import flow
 from ..solvers import StepTable
+from ..transformer import PLAIN, Plain
 
 if TYPE_CHECKING:
+    from ..heads.flow import FlowCall, FlowHead
     from ..heads.mlp import MLPHead, MLPSpec
 
 
@@ -66,3 +69,21 @@ def update(
         deviation = torch.exp((float(table.l0[i]) + float(table.l1[i]) * v) / 2)
         x = x + deviation * step_noise[i] * temperature
     return x
+
+
+def transformer_ops(dtype: torch.dtype) -> Plain:
+    return PLAIN
+
+
+def integrate(head: FlowHead, call: FlowCall) -> Tensor:
+    """As published, both halves of a guided call are evaluated at every step, needed or not."""
+    network = head.network(call.dtype)
+    times = torch.tensor(call.table.t, device=call.noise.device)
+    rows = len(next(iter(call.context.values())))
+
+    def velocity(i: int, x: Tensor) -> Tensor:
+        full = x.repeat(rows // len(x), 1, 1).to(call.dtype)
+        return network(full, times[i].expand(rows), call.at, **call.context)[: len(x)]
+
+    steps = flow.coefficients(call.table, call.noise.device)
+    return flow.integrate(velocity, steps, call.guided, call.noisy(), call.cfg, call.temperature, call.noise, call.step_noise)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import graphs
 from ..heads import mlp
+from ..heads.packing import settle
 from ..kernels.triton import tiles
 from ..kernels.triton.tiles import Tile, Tiles
 from ..solvers import StepTable
@@ -192,7 +193,7 @@ def _step_table(table: StepTable, device: torch.device) -> Tensor:
     unused = torch.zeros(len(table))
     columns = [torch.tensor(getattr(table, name), dtype=torch.float32) for name in ("a", "b", "c", "l0", "l1", "noisy")]
     packed = torch.stack([*columns, unused, unused], dim=1).to(device)
-    mlp.settle(device)
+    settle(device)
     return packed
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -26,3 +27,15 @@ def fashion_mnist(split: str, folder: Path = DEFAULT_FOLDER) -> tuple[Tensor, Te
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)
     classes = np.frombuffer(labels, np.uint8, offset=8)
     return torch.from_numpy(pixels / np.float32(127.5) - 1), torch.from_numpy(classes.astype(np.int64))
+
+
+def padded(images: Tensor, side: int) -> Tensor:
+    """[N, 1, 28, 28] -> [N, 1, side, side] with a black margin all round."""
+    margin = (side - images.shape[-1]) // 2
+    return F.pad(images, [margin] * 4, value=-1.0)
+
+
+def cropped(images: Tensor, side: int = 28) -> Tensor:
+    """The inverse of padded."""
+    margin = (images.shape[-1] - side) // 2
+    return images[..., margin : margin + side, margin : margin + side]

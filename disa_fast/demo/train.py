@@ -1,7 +1,7 @@
-"""Train what the demo ships: `python -m disa_fast.demo.train mar` and `python -m disa_fast.demo.train classifier`.
+"""Train what the demo ships: `python -m disa_fast.demo.train mar`, and likewise flowar, xar and classifier.
 
-Both are small enough for two CPU cores. The MAR works on pixels: 4x4 patches of 28x28 Fashion-MNIST images are 49 tokens of 16
-channels, the token size of the published models.
+All are small enough for two CPU cores. The models work on pixels, 4x4 patches of Fashion-MNIST images being tokens of 16 channels,
+the token size of the published models: 49 of them for MAR, 64 for FlowAR and xAR, whose images get a margin to be 32x32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..checkpoint import save_checkpoint
 from ..files import written_aside
-from ..models import MAR, mar
+from ..models import MAR, flowar, mar, xar
 from . import data
 from .quality import Classifier
 
@@ -44,28 +44,46 @@ MAR_CONFIG = {
     "attn_dropout": 0.0,
     "proj_dropout": 0.0,
 }
+_PADDED = {"img_size": 32, "vae_stride": 1, "patch_size": 4, "vae_embed_dim": 1, "class_num": 10}
+_SMALL = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in (("embed_dim", 128), ("num_heads", 4))}
+FLOWAR_CONFIG = {
+    **_PADDED,
+    **_SMALL,
+    "encoder_depth": 2,
+    "decoder_depth": 2,
+    "scale": [1, 2, 4, 8],
+    "diffloss_d": 2,
+    "diffloss_w": 128,
+    "cross": True,
+}
+XAR_CONFIG = {**_PADDED, **_SMALL, "encoder_depth": 3, "decoder_depth": 3, "clusters": 4}
+MODELS = {"mar": (mar, MAR_CONFIG), "flowar": (flowar, FLOWAR_CONFIG), "xar": (xar, XAR_CONFIG)}
+STEPS = {"mar": 7000, "flowar": 3600, "xar": 4500, "classifier": 3000}
 LOG_EVERY = 50
 SAVE_EVERY = 500
 
 
-def train_mar(args: argparse.Namespace) -> None:
+def train_model(args: argparse.Namespace) -> None:
     images, labels = data.fashion_mnist("train", args.data)
-    images, labels = images.to(args.device), labels.to(args.device)
+    make, config = MODELS[args.what]
+    images, labels = data.padded(images, config["img_size"]).to(args.device), labels.to(args.device)
     torch.manual_seed(args.seed)
-    model = mar(**MAR_CONFIG).to(args.device)
+    model = make(**config).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_then_cosine(step, args.steps))
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     if args.compile:
-        _compile_parts(model)
+        _compile(model)
 
     device_type = torch.device(args.device).type
-    # On a CPU the fused attention's backward is slower than the plain one at 57 tokens in bfloat16 (bench/NOTES.md).
-    attention = [SDPBackend.MATH] if device_type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    # On a CPU the fused attention's backward is slower than the plain one at MAR's 57 tokens in bfloat16 (bench/NOTES.md).
+    attention = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if device_type == "cpu" and args.what == "mar":
+        attention = [SDPBackend.MATH]
     curve, losses, started = [], [], time.perf_counter()
     order, position = torch.randperm(len(images)), 0
     model.train()
-    for step in tqdm(range(1, args.steps + 1), desc="training MAR", mininterval=5):
+    for step in tqdm(range(1, args.steps + 1), desc=f"training {args.what}", mininterval=5):
         if position + args.batch > len(order):
             order, position = torch.randperm(len(images)), 0
         batch = order[position : position + args.batch].to(args.device)
@@ -84,15 +102,15 @@ def train_mar(args: argparse.Namespace) -> None:
             curve.append([step, round(sum(losses) / len(losses), 5), round(time.perf_counter() - started, 1)])
             losses.clear()
         if step % SAVE_EVERY == 0 or last:
-            _save_mar(args, model, ema, curve)
+            _save(args, model, ema, curve)
 
 
-def _save_mar(args: argparse.Namespace, model: MAR, ema: AveragedModel, curve: list) -> None:
+def _save(args: argparse.Namespace, model: nn.Module, ema: AveragedModel, curve: list) -> None:
     names = [name for name, _ in model.named_parameters()]
     state = dict(zip(names, (p.detach().half().cpu() for p in ema.module.parameters()), strict=True))
-    save_checkpoint(args.out, state, "mar", MAR_CONFIG)
+    save_checkpoint(args.out, state | dict(model.named_buffers()), args.what, MODELS[args.what][1])
     log = {
-        "what": "mar",
+        "what": args.what,
         "seed": args.seed,
         "steps": curve[-1][0],
         "of": args.steps,
@@ -158,22 +176,25 @@ def _warm_up_then_cosine(step: int, steps: int, warm_up: int = 200) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def _compile_parts(model: MAR) -> None:
-    """Compile what repeats; the model itself changes shape with every batch's mask ratio."""
-    for part in (*model.encoder_blocks, *model.decoder_blocks, model.diffloss.net):
-        part.compile(dynamic=True)
+def _compile(model: nn.Module) -> None:
+    """All of it; of a MAR, which changes shape with every batch's mask ratio, what repeats."""
+    if isinstance(model, MAR):
+        for part in (*model.encoder_blocks, *model.decoder_blocks, model.diffloss.net):
+            part.compile(dynamic=True)
+    else:
+        model.compile()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m disa_fast.demo.train", description=__doc__)
-    parser.add_argument("what", choices=["mar", "classifier"], nargs="?", default="mar")
+    parser.add_argument("what", choices=list(STEPS), nargs="?", default="mar")
     parser.add_argument("--data", type=Path, default=data.DEFAULT_FOLDER, help="folder with the four idx .gz files")
     parser.add_argument(
         "--out",
         type=Path,
         help="safetensors file to write (default: WHAT_fashion_mnist.safetensors here); the log goes beside it as .json",
     )
-    parser.add_argument("--steps", type=int, help="optimizer steps (mar: 7000, classifier: 3000)")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps {STEPS}")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -182,12 +203,11 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the blocks")
     args = parser.parse_args()
     args.out = args.out or Path(f"{args.what}_fashion_mnist.safetensors")
-    if args.what == "mar":
-        args.steps = args.steps or 7000
-        train_mar(args)
-    else:
-        args.steps = args.steps or 3000
+    args.steps = args.steps or STEPS[args.what]
+    if args.what == "classifier":
         train_classifier(args)
+    else:
+        train_model(args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Diffusion heads: weights in, tokens out."""
+"""Diffusion and flow heads: weights in, tokens out."""
 
+from .flow_transformer import FlowTransformerHead
 from .mlp import MLPHead
 
-__all__ = ["MLPHead"]
+__all__ = ["FlowTransformerHead", "MLPHead"]

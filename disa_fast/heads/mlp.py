@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,21 +25,24 @@ from torch import Tensor, nn
 
 from .. import backends, graphs, ops
 from ..checks import check_shapes, is_whole
+from ..onednn import packed_linear
 from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import DEFAULT_CLIP, Solver, StepTable, resolve
+from .packing import Packing, describe, holding, scalar, settle, state_of
 
 FREQUENCIES = 256
 LN_EPS = 1e-6
 TIME_TABLES_KEPT = 256
 
-Packed = TypeVar("Packed")
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
 class MLPSpec:
     """Sizes of a head; out_channels is 2 * in_channels (noise prediction, then variance channels)."""
+
+    loop: ClassVar[str] = "denoise"  # the function of a backend that runs it
 
     in_channels: int
     width: int
@@ -189,22 +191,6 @@ class MLPNet(nn.Module):
         return forward_ref(dict(self.named_parameters()), x, t, c)
 
 
-def packed_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    """x -> F.linear(x, weight, bias), with the weight laid out once for oneDNN where PyTorch has it: on a CPU.
-
-    A plain F.linear goes to MKL's row-major GEMM, which at few rows reads memory three times slower (bench/NOTES.md).
-    """
-    onednn = torch.ops.mkldnn
-    if (
-        weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and onednn._is_mkldnn_bf16_supported()))
-    ):
-        packed = onednn._reorder_linear_weight(weight)
-        return lambda x: onednn._linear_pointwise(x, packed, bias, "none", [], "")
-    return functools.partial(F.linear, weight=weight, bias=bias)
-
-
 def folded_modulation(p: Mapping[str, Tensor], spec: MLPSpec) -> tuple[Tensor, Tensor]:
     """All adaLN projections as one linear of silu(y): weight [(3*depth+2)*width, width] and bias.
 
@@ -223,12 +209,6 @@ def folded_modulation(p: Mapping[str, Tensor], spec: MLPSpec) -> tuple[Tensor, T
     weights.append(p["final_layer.adaLN_modulation.1.weight"])
     biases += [shift_b, 1 + scale_b]
     return torch.cat(weights), torch.cat(biases)
-
-
-def settle(device: torch.device) -> None:
-    """Wait for the current stream: what was made on it and will be kept is then there for every stream."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 class TimeTables:
@@ -269,24 +249,15 @@ class HoistedWeights:
         self.time_table = TimeTables(functools.partial(embed_time, p), self.cond[0].device)
 
 
-class MLPHead:
-    """A diffusion head ready to draw tokens.
+class MLPHead(Packing):
+    """A diffusion head ready to draw tokens. See Packing for how it follows its parameters. Safe to call from several threads."""
 
-    Holds on to the module that owns the parameters, copies nothing that need not be laid out anew, and notices at the next
-    call when parameters were changed in place, loaded, moved or cast. (Writes through `param.data` leave no trace in
-    PyTorch's version counter: call `refresh()` after those.) Safe to call from several threads.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        self._net = net
-        shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-        self.spec = MLPSpec.of(shapes, where=f"net ({type(net).__name__})")
-        self._reset()
+    spec: MLPSpec
 
     @classmethod
     def from_module(cls, net: nn.Module) -> MLPHead:
         """The head of any module with MAR's parameter names (its own forward is not used). ValueError if they differ."""
-        return cls(net)
+        return cls(net, MLPSpec.of({name: tuple(p.shape) for name, p in net.named_parameters()}, f"net ({type(net).__name__})"))
 
     @classmethod
     def from_state_dict(cls, sd: Mapping[str, Tensor], prefix: str = "") -> MLPHead:
@@ -294,63 +265,15 @@ class MLPHead:
 
         The tensors are shared, not copied. ValueError names missing, unexpected and misshapen parameters.
         """
-        sd = {name.removeprefix(prefix): tensor for name, tensor in sd.items() if name.startswith(prefix)}
-        for name, tensor in sd.items():
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise ValueError(f"state dict: {name}: expected a floating point tensor, got {_describe(tensor)}")
+        sd = state_of(sd, prefix)
         spec = MLPSpec.of({name: tuple(t.shape) for name, t in sd.items()}, where="state dict")
-        with torch.device("meta"):
-            net = MLPNet(spec)
-        net.load_state_dict(sd, assign=True)
-        return cls(net.requires_grad_(False))
+        return cls(holding(sd, MLPNet, spec), spec)
 
     # Weights ---------------------------------------------------------------------------------------------------------
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._fingerprint: tuple = ()
-        self._packed: dict[tuple[str, torch.dtype], Any] = {}
+        super()._reset()
         self._number = ops.register(self)
-
-    def __getstate__(self) -> dict:
-        return {"_net": self._net, "spec": self.spec}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    def refresh(self) -> None:
-        """Forget everything derived from the parameters; the next call lays it out anew."""
-        with self._lock:
-            self._forget()
-
-    def _forget(self) -> None:
-        if self._packed and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # other streams may still be reading what goes
-        self._packed.clear()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._net.get_parameter("input_proj.weight").dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._net.get_parameter("input_proj.weight").device
-
-    def packed(self, kind: str, dtype: torch.dtype, build: Callable[[dict[str, Tensor], MLPSpec], Packed]) -> Packed:
-        """build(parameters in `dtype`, spec), kept under (kind, dtype) until a parameter changes."""
-        with self._lock:
-            fingerprint = tuple(
-                (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in _parameters(self._net)
-            )
-            if fingerprint != self._fingerprint:
-                self._forget()
-                self._fingerprint = fingerprint
-            if (kind, dtype) not in self._packed:
-                cast = {name: p.detach().to(dtype) for name, p in self._net.named_parameters()}
-                self._packed[kind, dtype] = build(cast, self.spec)
-                settle(self.device)
-            return self._packed[kind, dtype]
 
     def network(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The reference forward (x, t, z) -> [rows, 2 * in_channels] over the parameters in `dtype`."""
@@ -405,12 +328,6 @@ class MLPHead:
                 z, table, cfg, noise=noise, step_noise=step_noise, backend=backend, dtype=dtype, batch_invariant=batch_invariant
             )
 
-    def graph_counters(self) -> dict[str, int]:
-        """CUDA graphs of this head, as Graphs.counters says, over all dtypes; empty where none could be."""
-        with self._lock:
-            held = [packed.graphs.counters() for packed in self._packed.values() if hasattr(packed, "graphs")]
-        return {name: sum(counters[name] for counters in held) for name in held[0]} if held else {}
-
     @torch.no_grad()
     def denoise(
         self,
@@ -457,7 +374,7 @@ class MLPHead:
             untraced = torch.compiler.disable(self.denoise)  # cuts the program here: neither is an operator's argument
             return untraced(z, table, cfg, temperature, noise, step_noise, generator, backend, dtype, batch_invariant, rng)
         dtype = self.dtype if dtype is None else dtype
-        cfg, temperature = _scalar("cfg", cfg), _scalar("temperature", temperature)
+        cfg, temperature = scalar("cfg", cfg), scalar("temperature", temperature)
         self._check(z, table, cfg, temperature, dtype)
         check_rng(rng)
         if isinstance(rng, Philox) and generator is not None:
@@ -467,14 +384,9 @@ class MLPHead:
         guided = cfg != 1.0
         trajectories = len(z) // 2 if guided else len(z)
 
-        def draw_on(device: torch.device) -> Draw:
-            device = device if generator is None else generator.device
-            return lambda shape, dtype: torch.randn(shape, dtype=dtype, device=device, generator=generator).to(z.device)
-
         philox = None
         if rng == "torch":
-            # Upstream draws the start with the CPU's generator, also for a model on a GPU, and the step noise where the model is.
-            draws = draw_on(torch.device("cpu")), draw_on(z.device)
+            draws = draws_of(generator, z.device)
             noise, step_noise = draw_noise(table, len(z), channels, guided, *draws, state_dtype, noise, step_noise)
         elif noise is None or (step_noise is None and table.draws):
             philox = rng if isinstance(rng, Philox) else Philox.drawn(generator)
@@ -525,11 +437,11 @@ class MLPHead:
 
     def _check(self, z: Tensor, table: StepTable, cfg: float, temperature: float, dtype: torch.dtype) -> None:
         if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != self.spec.z_channels:
-            raise ValueError(f"z: expected a [rows, {self.spec.z_channels}] tensor, got {_describe(z)}")
+            raise ValueError(f"z: expected a [rows, {self.spec.z_channels}] tensor, got {describe(z)}")
         if not z.is_floating_point():
-            raise ValueError(f"z: expected a floating point tensor, got {_describe(z)}")
+            raise ValueError(f"z: expected a floating point tensor, got {describe(z)}")
         if z.device != self.device:
-            raise ValueError(f"z: expected it on {self.device}, where the head's parameters are, got {_describe(z)}")
+            raise ValueError(f"z: expected it on {self.device}, where the head's parameters are, got {describe(z)}")
         if not isinstance(table, StepTable):
             raise ValueError(f"table: expected a StepTable such as disa_fast.solvers.ddpm(50), got {table!r}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -540,14 +452,15 @@ class MLPHead:
             raise ValueError(f"temperature: expected at least 0, got {temperature:g}")
 
 
-def _parameters(module: nn.Module) -> Iterator[Tensor]:
-    """module.parameters(), which take 75 us of every call of a MAR-L head, against 21 here."""
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter
-    for child in module._modules.values():
-        if child is not None:
-            yield from _parameters(child)
+def draws_of(generator: torch.Generator | None, device: torch.device) -> tuple[Draw, Draw]:
+    """What draws the start and what draws the steps' noise for a model on `device`, as upstream does: the start with the CPU's
+    generator, also for a model on a GPU, the rest where the model is; or all with the generator given."""
+
+    def on(source: torch.device) -> Draw:
+        source = source if generator is None else generator.device
+        return lambda shape, dtype: torch.randn(shape, dtype=dtype, device=source, generator=generator).to(device)
+
+    return on(torch.device("cpu")), on(device)
 
 
 def draw_noise(
@@ -582,25 +495,7 @@ def _trajectory_rows(
     allowed = {(*lead, rows, channels) for rows in (trajectories, len(z))}
     shapes = " or ".join(str(list(shape)) for shape in sorted(allowed))
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in allowed or not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating point {shapes} tensor, got {_describe(tensor)}")
+        raise ValueError(f"{name}: expected a floating point {shapes} tensor, got {describe(tensor)}")
     if tensor.device != z.device:
-        raise ValueError(f"{name}: expected it on {z.device}, where z is, got {_describe(tensor)}")
+        raise ValueError(f"{name}: expected it on {z.device}, where z is, got {describe(tensor)}")
     return tensor.narrow(-2, 0, trajectories).to(dtype)
-
-
-def _scalar(name: str, value: float | Tensor) -> float:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}: expected a number or a one-element tensor, got {_describe(value)}")
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected a number or a one-element tensor, got {value!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return value
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{list(value.shape)} of {value.dtype} on {value.device}"
-    return repr(value)

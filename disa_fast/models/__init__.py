@@ -1,5 +1,7 @@
 """Native models with the published checkpoints' layout."""
 
+from .flowar import FlowAR, flowar
 from .mar import MAR, mar
+from .xar import XAR, xar
 
-__all__ = ["MAR", "mar"]
+__all__ = ["MAR", "XAR", "FlowAR", "flowar", "mar", "xar"]

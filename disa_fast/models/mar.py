@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import profiling
-from ..checks import is_whole
+from ..checks import check_labels, is_whole
 from ..heads.mlp import Draw, MLPHead, MLPNet, MLPSpec, draw_noise
 from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import DEFAULT_CLIP, Solver, resolve
 from ..training import diffusion_loss
+from .sizes import preset
 
 LN_EPS = 1e-6
 # Half a normal distribution around mask ratio 1, cut at mask_ratio_min.
@@ -44,16 +45,7 @@ def mar(size: str | None = None, **kwargs) -> MAR:
     size: "base", "large" or "huge" as published, head included; None: MAR's own defaults. Keyword arguments are MAR's and
     take precedence. ValueError for an unknown size.
     """
-    if size is None:
-        return MAR(**kwargs)
-    if size not in SIZES:
-        raise ValueError(f"size: expected one of {list(SIZES)}, got {size!r}")
-    preset = dict(SIZES[size])
-    for part in ("encoder", "decoder"):
-        for name in ("embed_dim", "depth", "num_heads"):
-            preset[f"{part}_{name}"] = SIZES[size][name]
-            preset.pop(name, None)
-    return MAR(**{**preset, **kwargs})
+    return MAR(**(preset(SIZES, size) | kwargs))
 
 
 class Attention(nn.Module):
@@ -342,14 +334,10 @@ class MAR(nn.Module):
 
     def _batch_size(self, labels: Tensor | None, orders: Tensor | None, bsz: int | None) -> int:
         classes, device = self.class_emb.num_embeddings, self.fake_latent.device
-        for name, tensor in (("labels", labels), ("orders", orders)):
-            if isinstance(tensor, Tensor) and tensor.device != device:
-                raise ValueError(f"{name}: expected it on {device}, where the model is, got {tensor.device}")
+        if isinstance(orders, Tensor) and orders.device != device:
+            raise ValueError(f"orders: expected it on {device}, where the model is, got {orders.device}")
         if labels is not None:
-            if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"labels: expected a [B] tensor of whole numbers or None, got {labels!r}")
-            if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-                raise ValueError(f"labels: expected classes 0..{classes - 1}, got {labels.tolist()}")
+            check_labels(labels, classes, device)
         sizes = {"labels": labels, "orders": orders}
         given = {name: len(value) for name, value in sizes.items() if value is not None} | ({"bsz": bsz} if bsz else {})
         if len(set(given.values())) != 1:

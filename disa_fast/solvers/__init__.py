@@ -8,13 +8,28 @@ from collections.abc import Callable
 from .ddim import ddim
 from .ddpm import ddpm
 from .dpm_solver import dpm_solver
+from .flow_euler import flow_euler
+from .flow_euler_maruyama import flow_euler_maruyama
 from .table import StepTable
 
-__all__ = ["NAMES", "Solver", "StepTable", "ddim", "ddpm", "dpm_solver", "resolve"]
+__all__ = [
+    "FLOW_NAMES",
+    "NAMES",
+    "Solver",
+    "StepTable",
+    "ddim",
+    "ddpm",
+    "dpm_solver",
+    "flow_euler",
+    "flow_euler_maruyama",
+    "resolve",
+    "resolve_flow",
+]
 
 Solver = Callable[[int], StepTable]
 
 NAMES = ("ddpm", "ddim", "dpm_solver", "dpm_solver++")
+FLOW_NAMES = ("euler", "euler_maruyama")
 DEFAULT_CLIP = "default"
 DEFAULT_CLIPS = {"ddpm": 950, "ddim": 980}
 
@@ -39,3 +54,12 @@ def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solv
             raise ValueError(f"clip: only 'ddpm' and 'ddim' take one, got clip = {clip!r} with solver {solver!r}")
         build = functools.partial(build, clip=clip)
     return functools.lru_cache(maxsize=256)(build)
+
+
+def resolve_flow(solver: str | Solver, grid: str) -> Solver:
+    """steps -> StepTable, cached by step count, for a name of `FLOW_NAMES` or for any callable of the same kind. grid: Euler's, as
+    in flow_euler."""
+    by_name: dict[str, Solver] = {"euler": functools.partial(flow_euler, grid=grid), "euler_maruyama": flow_euler_maruyama}
+    if not callable(solver) and solver not in by_name:
+        raise ValueError(f"solver: expected one of {list(FLOW_NAMES)} or a callable steps -> StepTable, got {solver!r}")
+    return functools.lru_cache(maxsize=256)(solver if callable(solver) else by_name[solver])

@@ -19,8 +19,8 @@ class StepTable:
     t: [T] float64, the time that the network is given at each step.
     a, b, c, l0, l1: [T] float64.
     noisy: [T] bool.
-    draws: whether the published sampler draws noise at every step, used or not. A caller that wants its random stream
-        draws as often (DDIM draws and multiplies by zero; DPM-Solver draws nothing).
+    draws: whether the published sampler draws noise, used or not. A caller that wants its random stream draws as often: on a
+        diffusion head at every step (DDIM multiplies it by zero; DPM-Solver draws nothing), on a flow head at noisy steps.
     """
 
     solver: str
@@ -51,6 +51,10 @@ class StepTable:
             raise ValueError("t: expected at least one step, got none")
         if self.noisy.any() and not self.draws:
             raise ValueError("draws: expected True, since some steps are noisy")
+
+    def within(self, low: float, high: float) -> np.ndarray:
+        """[T] bool: whether low <= t <= high, both ends included, compared in float64."""
+        return (low <= self.t) & (self.t <= high)
 
     def __len__(self) -> int:
         return len(self.t)

@@ -26,16 +26,21 @@ CASES = {
     ],
     "mar_head_b": ["disa_s63_r1_cfg1.0", "disa_s60_r66_cfg3.2tensor", "disa_s63_r8_temp0"],
     "mar_e2e": ["linear_cfg3.0", "nolabels_cfg1.0"],
+    "flowar_e2e": ["cross_25to15_cfg2.4", "cross_17to9_cfg1.0"],
+    "xar": ["em_7to4_cfg2.3_gh0.6", "euler_9to5_cfg2.7_gh0.7_gl0.2"],
 }
+FLOW_STEPS = [2, 3, 15, 25, 50]
 EVALS = {"mar_head": ["r6_int", "r6_frac"]}
 
 
 def keep(stem: str, key: str) -> bool:
     if key.startswith("case/"):
-        return key.split("/")[1] in CASES[stem] and not key.endswith(("/traj_f32", "/z", "/out"))
+        # FlowAR's conditions and results at each scale are the recorded cases of its head.
+        left_out = () if stem == "flowar_e2e" else ("/traj_f32", "/z", "/out", "/x", "/v", "/t")
+        return key.split("/")[1] in CASES[stem] and not key.endswith(left_out)
     if key.startswith("eval/"):
         return key.split("/")[1] in EVALS.get(stem, [])
-    return True
+    return not key.startswith("sd_plain/")
 
 
 def main(full: Path) -> None:
@@ -49,6 +54,9 @@ def main(full: Path) -> None:
     with np.load(full / "ddpm_timesteps.npz", allow_pickle=False) as source:
         dpm = {key: source[key] for key in source.files if key.startswith(("dpm/5/", "dpm/50/"))}
     np.savez_compressed(HERE / "ddpm_timesteps.npz", **dpm)
+    with np.load(full / "flow_time_grids.npz", allow_pickle=False) as source:
+        grids = {key: source[key] for key in source.files if "/" in key and int(key.split("/")[1]) in FLOW_STEPS}
+    np.savez_compressed(HERE / "flow_time_grids.npz", **grids)
     for name in ("schedules.json", "ddpm_timesteps.json"):
         shutil.copyfile(full / name, HERE / name)
 

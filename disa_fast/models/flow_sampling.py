@@ -1,0 +1,59 @@
+"""What sampling with FlowAR and with xAR have in common: which steps each AR step takes, guided how, from what noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import check_labels, is_whole
+from ..heads.flow import STATE, check_guidance, draw_flow_noise
+from ..heads.mlp import Draw, draws_of
+from ..heads.packing import scalar
+from ..schedule import Schedule, as_schedule, steps_at
+from ..solvers import Solver, StepTable, resolve_flow
+from ..transformer import Backbone
+
+
+@dataclass(frozen=True)
+class FlowStep:
+    """AR step k: its table, and its guidance scale, which grows from 1 at the first to the nominal one at the last."""
+
+    k: int
+    table: StepTable
+    cfg: float
+
+
+def plan(K: int, schedule: Schedule | str, rounding: str, solver: str | Solver, grid: str, cfg: float | Tensor) -> list[FlowStep]:
+    """Every AR step in turn. A single one has the nominal scale."""
+    schedule, table_for, cfg = as_schedule(schedule, rounding), resolve_flow(solver, grid), scalar("cfg", cfg)
+    return [FlowStep(k, table_for(steps_at(schedule, k, K)), (cfg - 1) * k / (K - 1) + 1 if K > 1 else cfg) for k in range(K)]
+
+
+def is_guided(steps: list[FlowStep], guidance: tuple[float, float]) -> bool:
+    """Whether any step of any network evaluation is: else nothing unconditional need be computed."""
+    low, high = check_guidance(guidance)
+    return any(step.cfg > 1 and step.table.within(low, high).any() for step in steps)
+
+
+def batch_labels(model: Backbone, labels: Tensor | None, bsz: int | None) -> Tensor:
+    """[B] int64 on the model's device: `labels`, or bsz times no class. ValueError for anything else."""
+    device = model.class_emb.weight.device
+    if labels is None:
+        if not is_whole(bsz) or bsz < 1:
+            raise ValueError(f"labels, bsz: expected labels, or bsz as the number of unconditional images, got bsz = {bsz!r}")
+        return torch.full((bsz,), model.no_class, device=device)
+    check_labels(labels, model.class_emb.num_embeddings, device)
+    if bsz is not None and bsz != len(labels):
+        raise ValueError(f"bsz: expected {len(labels)} or None beside as many labels, got {bsz!r}")
+    return labels.long()
+
+
+def drawn(
+    table: StepTable, shape: tuple[int, ...], draw: Draw | None, generator: torch.Generator | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """(noise, step_noise) of all rows that upstream draws for, by `draw` or from `generator`."""
+    draws = draws_of(generator, device) if draw is None else (draw, draw)
+    noise, step_noise = draw_flow_noise(table, shape, *draws)
+    return noise.to(device, STATE), None if step_noise is None else step_noise.to(device, STATE)

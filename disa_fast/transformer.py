@@ -1,0 +1,444 @@
+"""The adaLN transformer that FlowAR's backbone, FlowAR's flow head and xAR are made of: one block, and ways to compute its parts.
+
+    h += gate1 * proj(attention(rms(h) * (1 + scale1) + shift1))
+    h += cross_proj(cross_attention(rms(h) * g_q, rms(condition) * g_kv))          (FlowAR-L and -H's flow head alone)
+    h += gate2 * fc2(gelu(fc1_g m) * fc1_x m),   m = rms(h) * (1 + scale2) + shift2
+
+with 2D rotary positions stretched to a 16 x 16 grid (FlowAR_DiSA/models/flowmodel.py, xAR_DiSA/models/xar.py and rope.py of the
+DiSA repository at 283fa59). The published code calls the gated unit SwiGLU and gives it GELU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RMS_EPS = 1e-6
+GRID = 16  # on a side; positions of other grids are stretched to it
+
+Layer = tuple[Tensor, Tensor | None]
+Rotation = tuple[Tensor, Tensor]
+
+
+# Parameters ------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Rotary(nn.Module):
+    """Where checkpoints keep the rotary frequencies, and xAR's also the tables made of them."""
+
+    def __init__(self, head_dim: int, tables: Callable[[Tensor], Rotation] | None = None) -> None:
+        super().__init__()
+        half = head_dim // 2  # for the rows; the other half is for the columns
+        self.register_buffer("freqs", 1.0 / 10000 ** (torch.arange(0, half, 2)[: half // 2].float() / half))
+        if tables is not None:
+            cos, sin = tables(self.freqs)
+            self.register_buffer("freqs_cos", cos)
+            self.register_buffer("freqs_sin", sin)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, rope: Rotary, qkv_bias: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.rope = rope
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, dim: int, condition_dim: int, rope: Rotary) -> None:
+        super().__init__()
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(condition_dim, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.rope = rope
+
+
+class GatedMlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1_g = nn.Linear(dim, hidden)
+        self.fc1_x = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+
+class Block(nn.Module):
+    """Parameters of a block whose modulation depends on one condition for all tokens of a row: the backbones'."""
+
+    def __init__(self, dim: int, mlp_ratio: float, rope: Rotary) -> None:
+        super().__init__()
+        self.attn = Attention(dim, rope, qkv_bias=True)
+        self.mlp = GatedMlp(dim, gated_width(dim, mlp_ratio))
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+
+def gated_width(dim: int, mlp_ratio: float = 4.0) -> int:
+    """Hidden units of a gated MLP: two thirds of a plain one's."""
+    return int(dim * mlp_ratio * 2 / 3.0)
+
+
+def initialize_linears(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+# A block's parameters, by role -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CrossWeights:
+    q: Layer
+    kv: Layer
+    proj: Layer
+    norm_q: Tensor
+    norm_kv: Tensor
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Weights and biases as checkpoints have them; biases that are not there are None."""
+
+    qkv: Layer
+    proj: Layer
+    fc1_g: Layer
+    fc1_x: Layer
+    fc2: Layer
+    cross: CrossWeights | None
+    head_dim: int
+
+    @classmethod
+    def of(cls, p: Mapping[str, Tensor], prefix: str) -> BlockWeights:
+        def layer(name: str) -> Layer:
+            return p[f"{prefix}{name}.weight"], p.get(f"{prefix}{name}.bias")
+
+        cross = None
+        if f"{prefix}crossattn.q.weight" in p:
+            norms = (p[f"{prefix}norm2_1.weight"], p[f"{prefix}norm2_2.weight"])
+            cross = CrossWeights(layer("crossattn.q"), layer("crossattn.kv"), layer("crossattn.proj"), *norms)
+        layers = (layer(name) for name in ("attn.qkv", "attn.proj", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"))
+        return cls(*layers, cross, 4 * len(p[f"{prefix}attn.rope.freqs"]))
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What adaLN makes of the condition, each broadcastable to [rows, tokens, dim]."""
+
+    gate1: Tensor
+    gate2: Tensor
+    scale1: Tensor
+    scale2: Tensor
+    shift1: Tensor
+    shift2: Tensor
+
+    @classmethod
+    def split(cls, projected: Tensor) -> Modulation:
+        """Of [..., 6 * dim], the order of the published checkpoints."""
+        return cls(*projected.chunk(6, dim=-1))
+
+
+# Rotary positions ------------------------------------------------------------------------------------------------------
+
+
+def grid_rotation(freqs: Tensor, side: int) -> Rotation:
+    """(cos, sin), [side * side, 4 * len(freqs)] each, of the positions of a side x side grid in row-major order."""
+    # The positions are float32 in the published code, whatever the frequencies are.
+    angles = (torch.arange(side, dtype=torch.float32, device=freqs.device) / side * GRID)[:, None] * freqs
+    angles = angles.repeat_interleave(2, dim=-1)
+    rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Each pair (x0, x1) of channels turned by its angle. x: [..., tokens, head_dim]."""
+    cos, sin = rotation
+    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x over its root mean square, which is taken in float32 at least; in x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + RMS_EPS)).to(x.dtype)
+    return normed if weight is None else normed * weight
+
+
+# The block -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of a block's finished tokens, at full length from the start: [rows, heads, length, head_dim] each."""
+
+    k: Tensor
+    v: Tensor
+
+    def put(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Write k and v, [rows or fewer, heads, tokens, head_dim], at `start`; returns all up to their end, for these rows."""
+        rows, end = len(k), start + k.shape[2]
+        self.k[:rows, :, start:end] = k
+        self.v[:rows, :, start:end] = v
+        return self.k[:rows, :, :end], self.v[:rows, :, :end]
+
+
+class Plain:
+    """A block's parts in plain PyTorch, as the formulas read; differentiable. `dropout`: of attention weights, of projections."""
+
+    def __init__(self, dropout: tuple[float, float] = (0.0, 0.0)) -> None:
+        self.attention_dropout, self.dropout = dropout
+
+    def linear(self, x: Tensor, layer: Layer) -> Tensor:
+        return F.linear(x, *layer)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """x in the dtype of the residual stream."""
+        return x
+
+    def norm_modulate(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return rms_norm(h) * (1 + scale) + shift
+
+    def norm(self, h: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(h, weight)
+
+    def qkv(self, m: Tensor, layer: Layer, head_dim: int, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both turned) and values, [rows, heads, tokens, head_dim]."""
+        q, k, v = self.linear(m, layer).unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
+        return rotate(q, rotation), rotate(k, rotation), v
+
+    def q(self, m: Tensor, layer: Layer, head_dim: int, rotation: Rotation) -> Tensor:
+        return rotate(self.linear(m, layer).unflatten(-1, (-1, head_dim)).transpose(1, 2), rotation)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[rows, tokens, dim]"""
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.attention_dropout)
+        return out.transpose(1, 2).flatten(2)
+
+    def gated_mlp(self, m: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
+        hidden = F.gelu(self.linear(m, gate)) * self.linear(m, up)
+        return self.linear(F.dropout(hidden, self.dropout, self.dropout > 0), down)
+
+    def gated_residual(self, h: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
+        """h + gate * x, or h + x without a gate."""
+        x = F.dropout(x, self.dropout, self.dropout > 0)
+        return h + x if gate is None else h + gate * x
+
+
+PLAIN = Plain()
+
+
+def cross_keys_values(ops: Plain, w: BlockWeights, condition: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """What cross-attention reads of the condition, [rows, tokens, condition_dim]: independent of state and time (H7)."""
+    m = ops.norm(condition, w.cross.norm_kv)
+    k, v = ops.linear(m, w.cross.kv).unflatten(-1, (2, -1, w.head_dim)).permute(2, 0, 3, 1, 4)
+    return rotate(k, rotation), v
+
+
+def block(
+    ops: Plain,
+    w: BlockWeights,
+    h: Tensor,
+    modulation: Modulation,
+    rotation: Rotation,
+    cache: Cache | None = None,
+    start: int = 0,
+    mask: Tensor | None = None,
+    cross: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The formula at the top. h: [rows, tokens, dim]; attention is among these tokens (under `mask`), or also to those before
+    `start` in the cache, where theirs are put; cross: what cross_keys_values made of the condition."""
+    m = ops.norm_modulate(h, modulation.scale1, modulation.shift1)
+    q, k, v = ops.qkv(m, w.qkv, w.head_dim, rotation)
+    if cache is not None:
+        k, v = cache.put(k, v, start)
+    h = ops.gated_residual(h, modulation.gate1, ops.linear(ops.attend(q, k, v, mask), w.proj))
+    if cross is not None:
+        q = ops.q(ops.norm(h, w.cross.norm_q), w.cross.q, w.head_dim, rotation)
+        h = ops.gated_residual(h, None, ops.linear(ops.attend(q, *cross), w.cross.proj))
+    m = ops.norm_modulate(h, modulation.scale2, modulation.shift2)
+    return ops.gated_residual(h, modulation.gate2, ops.gated_mlp(m, w.fc1_g, w.fc1_x, w.fc2))
+
+
+# The backbone that FlowAR and xAR share --------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """An encoder and a decoder of such blocks, with the names of the published checkpoints; images as tokens.
+
+    Images are [batch, vae_embed_dim, height, width] latents of img_size / vae_stride on a side (vae_stride = 1 and
+    vae_embed_dim = 1: pixels), cut into patch_size x patch_size tokens. The class `class_num` stands for none.
+    """
+
+    def __init__(
+        self,
+        positions: int,
+        rope: Callable[[int], Rotary],
+        img_size: int,
+        vae_stride: int,
+        patch_size: int,
+        encoder_embed_dim: int,
+        encoder_depth: int,
+        encoder_num_heads: int,
+        decoder_embed_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        mlp_ratio: float,
+        vae_embed_dim: int,
+        label_drop_prob: float,
+        class_num: int,
+        attn_dropout: float,
+        proj_dropout: float,
+    ) -> None:
+        super().__init__()
+        if (encoder_embed_dim, encoder_num_heads) != (decoder_embed_dim, decoder_num_heads):
+            raise ValueError(
+                "decoder_embed_dim, decoder_num_heads: class embedding and rotations serve both halves, so expected "
+                f"the encoder's {encoder_embed_dim} and {encoder_num_heads}, got {decoder_embed_dim} and {decoder_num_heads}"
+            )
+        if encoder_embed_dim % (4 * encoder_num_heads):
+            raise ValueError(
+                f"encoder_num_heads: expected heads of a multiple of 4 channels, got {encoder_num_heads} for {encoder_embed_dim}"
+            )
+        self.patch_size = patch_size
+        self.vae_embed_dim = vae_embed_dim
+        self.seq_h = self.seq_w = img_size // vae_stride // patch_size
+        self.token_embed_dim = vae_embed_dim * patch_size**2
+        self.label_drop_prob = label_drop_prob
+        self.dropout = attn_dropout, proj_dropout
+
+        dim = encoder_embed_dim
+        self.class_emb = nn.Embedding(class_num + 1, dim)
+        self.z_proj = nn.Linear(self.token_embed_dim, dim)
+        self.z_proj_ln = RMSNorm(dim)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, dim))
+        self.encoder_blocks = nn.ModuleList(Block(dim, mlp_ratio, rope(dim // encoder_num_heads)) for _ in range(encoder_depth))
+        self.encoder_norm = RMSNorm(dim)
+        self.decoder_embed = nn.Linear(dim, dim)
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, dim))
+        self.decoder_blocks = nn.ModuleList(Block(dim, mlp_ratio, rope(dim // encoder_num_heads)) for _ in range(decoder_depth))
+        self.decoder_norm = RMSNorm(dim)
+
+    def _initialize(self) -> None:
+        initialize_linears(self)
+        for name, parameter in self.named_parameters():
+            if name.endswith("_learned") or name == "class_emb.weight":
+                nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def no_class(self) -> int:
+        return self.class_emb.num_embeddings - 1
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C * patch_size^2, h, w], one token a position; channels ordered (C, row, column)."""
+        return F.pixel_unshuffle(images, self.patch_size)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """The inverse of patchify."""
+        return F.pixel_shuffle(tokens, self.patch_size)
+
+    def drop_labels(self, labels: Tensor) -> Tensor:
+        """In training, no class in place of label_drop_prob of them."""
+        if not self.training:
+            return labels
+        return torch.where(torch.rand(labels.shape, device=labels.device) < self.label_drop_prob, self.no_class, labels)
+
+    def training_ops(self) -> Plain:
+        return Plain(self.dropout) if self.training else PLAIN
+
+
+@dataclass(frozen=True)
+class BackboneWeights:
+    """A backbone's parameters, by role."""
+
+    input: Layer
+    input_norm: Tensor
+    encoder_position: Tensor
+    encoder: tuple[BlockWeights, ...]
+    encoder_norm: Tensor
+    decoder_embed: Layer
+    decoder_position: Tensor
+    decoder: tuple[BlockWeights, ...]
+    decoder_norm: Tensor
+    ada_lin: tuple[Layer, ...]
+    freqs: Tensor
+
+    @classmethod
+    def of(cls, p: Mapping[str, Tensor]) -> BackboneWeights:
+        def blocks(part: str) -> list[str]:
+            count = sum(name.startswith(f"{part}_blocks.") and name.endswith(".attn.qkv.weight") for name in p)
+            return [f"{part}_blocks.{i}." for i in range(count)]
+
+        encoder, decoder = blocks("encoder"), blocks("decoder")
+        return cls(
+            input=(p["z_proj.weight"], p["z_proj.bias"]),
+            input_norm=p["z_proj_ln.weight"],
+            encoder_position=p["encoder_pos_embed_learned"],
+            encoder=tuple(BlockWeights.of(p, prefix) for prefix in encoder),
+            encoder_norm=p["encoder_norm.weight"],
+            decoder_embed=(p["decoder_embed.weight"], p["decoder_embed.bias"]),
+            decoder_position=p["decoder_pos_embed_learned"],
+            decoder=tuple(BlockWeights.of(p, prefix) for prefix in decoder),
+            decoder_norm=p["decoder_norm.weight"],
+            ada_lin=tuple((p[f"{prefix}ada_lin.1.weight"], p[f"{prefix}ada_lin.1.bias"]) for prefix in (*encoder, *decoder)),
+            freqs=p["encoder_blocks.0.attn.rope.freqs"],
+        )
+
+    @property
+    def dim(self) -> int:
+        return len(self.encoder_norm)
+
+    @property
+    def blocks(self) -> tuple[BlockWeights, ...]:
+        return self.encoder + self.decoder
+
+    def caches(self, rows: int) -> list[Cache]:
+        """One for each block, for all positions."""
+        length = self.encoder_position.shape[1]
+        shapes = [(rows, self.dim // w.head_dim, length, w.head_dim) for w in self.blocks]
+        return [Cache(self.encoder_norm.new_zeros(shape), self.encoder_norm.new_zeros(shape)) for shape in shapes]
+
+
+def modulations(ops: Plain, w: BackboneWeights, condition: Tensor) -> list[Modulation]:
+    """Of every block, from its condition, [..., dim]; broadcast over tokens where that is [rows, 1, dim]."""
+    y = F.silu(condition)
+    return [Modulation.split(ops.linear(y, layer)) for layer in w.ada_lin]
+
+
+def transform(
+    ops: Plain,
+    w: BackboneWeights,
+    x: Tensor,
+    modulations: Sequence[Modulation],
+    rotation: Rotation,
+    caches: Sequence[Cache | None],
+    start: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Encoder and decoder over embedded tokens x, [rows, tokens, dim], at positions from `start`. Returns the same shape."""
+    here = slice(start, start + x.shape[1])
+    steps = list(zip(w.blocks, modulations, caches, strict=True))
+    h = ops.residual(ops.norm(x + w.encoder_position[:, here], w.input_norm))
+    for weights, modulation, cache in steps[: len(w.encoder)]:
+        h = block(ops, weights, h, modulation, rotation, cache, start, mask)
+    h = ops.residual(ops.linear(ops.norm(h, w.encoder_norm), w.decoder_embed) + w.decoder_position[:, here])
+    for weights, modulation, cache in steps[len(w.encoder) :]:
+        h = block(ops, weights, h, modulation, rotation, cache, start, mask)
+    return ops.norm(h, w.decoder_norm)
+
+
+def block_causal_mask(sizes: Sequence[int]) -> Tensor:
+    """[1, 1, n, n] float32: 0 where a token may attend, which is to its own part and those before it, else -inf."""
+    part = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return torch.zeros(len(part), len(part)).masked_fill(part[:, None] < part, -torch.inf)[None, None]
