@@ -1,8 +1,9 @@
 """Compiles every kernel that ships for GPUs that need not be there, and prints what each takes: `make kernels`.
 
 For Triton every tile choice, by the real launch code of disa_fast/backends/triton.py on tensors without storage, with a driver that
-names an architecture and stops short of the launch. For CUDA every entry, by nvcc and by NVRTC as far as they are here, against the
-budget in mlp_denoise.cu; and plans for each GPU. Registers and stack are read from the machine code: a stack means a spill.
+names an architecture and stops short of the launch; likewise the kernels of a transformer block (triton_ops.py). For CUDA every
+entry, by nvcc and by NVRTC as far as they are here, against the budget in mlp_denoise.cu; and plans for each GPU. Registers and
+stack are read from the machine code: a stack means a spill.
 """
 
 import argparse
@@ -28,16 +29,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from disa_fast import graphs, jit
-from disa_fast.backends import cuda
+from disa_fast.backends import cuda, triton_ops
 from disa_fast.backends import triton as backend
 from disa_fast.heads.mlp import MLPSpec
 from disa_fast.kernels.triton import tiles
 from disa_fast.kernels.triton.tiles import Tiles
+from disa_fast.transformer import BlockWeights, CrossWeights, Modulation, block, gated_width
 
 from . import nvcc
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 WIDTHS = (1024, 1280, 1536)
+HEAD_DIMS = {768: (64,), 1024: (64,), 1280: (80,), 1536: (64, 96)}  # of published transformers, by dim
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # that one program may have
 
 
@@ -49,6 +52,50 @@ class Case:
     rows: int
     tiles: Tiles
     guided: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.architecture:8}{self.dtype:9}{self.width:6}{self.rows:6} {self.guided!s:6}"
+
+    def launch(self) -> None:
+        """A loop of this shape."""
+        dtype = getattr(torch, self.dtype)
+        spec = MLPSpec(16, self.width, 1, 1024)
+        w = backend.Weights({name: torch.empty(shape, dtype=dtype) for name, shape in spec.shapes().items()}, spec)
+        shape = backend.Shape(1, self.rows, self.guided, True, self.tiles, "ieee")
+        buffers = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in backend.layout(w, shape).items()}
+        backend.loop(w, shape, buffers)
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    architecture: str
+    dtype: str
+    dim: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.architecture:8}{self.dtype:9}{self.dim:6} heads of {self.head_dim:2} "
+
+    def launch(self) -> None:
+        """A block with cross-attention: modulated by token, by row, and with one token, whose hidden units may be an odd number."""
+        dtype, dim, hidden = getattr(torch, self.dtype), self.dim, gated_width(self.dim)
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype)
+
+        def layer(columns: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return empty(columns, k), empty(columns)
+
+        ops = triton_ops.TritonOps(dtype)
+        cross = CrossWeights(layer(dim, dim), layer(2 * dim, dim), layer(dim, dim), empty(dim), empty(dim))
+        layers = (3 * dim, dim), (dim, dim), (hidden, dim), (hidden, dim), (dim, hidden)
+        w = BlockWeights(*(layer(*sizes) for sizes in layers), cross, self.head_dim)
+        for rows, tokens, modulated in ((2, 16, 16), (2, 16, 1), (1, 1, 1)):
+            h = torch.empty(rows, tokens, dim, dtype=torch.float32)
+            rotation = torch.empty(2, tokens, self.head_dim, dtype=torch.float32).unbind()
+            keys_values = empty(2, rows, dim // self.head_dim, tokens, self.head_dim).unbind()
+            ops.norm(empty(rows, tokens, dim), cross.norm_kv)
+            block(ops, w, h, Modulation.split(empty(rows, modulated, 6 * dim)), rotation, cross=keys_values)
 
 
 def shipped(widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
@@ -67,6 +114,12 @@ def shipped(widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
                     yield Case("sm_90", dtype, int(width), min(int(rows), 2048), Tiles.from_dict(fields))
 
 
+def shipped_blocks(dims: Iterable[int] = tuple(HEAD_DIMS)) -> Iterator[BlockCase]:
+    for dim, dtype, architecture in itertools.product(dims, backend.DTYPES.values(), ARCHITECTURES):
+        for head_dim in HEAD_DIMS.get(dim, (64,)):
+            yield BlockCase(architecture, dtype, dim, head_dim)
+
+
 class _NoDevice:
     """Stands in for Triton's driver."""
 
@@ -83,16 +136,11 @@ class _NoDevice:
         return 0
 
 
-def compile_case(case: Case) -> list[dict]:
-    """What each kernel of a loop of this shape takes: registers a thread, bytes of stack and of shared memory, seconds to compile;
-    and how often it waits for the kernel before it."""
-    compiled, rows = {}, case.rows
+def compile_case(case: Case | BlockCase) -> list[dict]:
+    """What each kernel that it launches takes: registers a thread, bytes of stack and of shared memory, seconds to compile; and how
+    often it waits for the kernel before it."""
+    compiled = {}
     run = triton.JITFunction.run
-    dtype = getattr(torch, case.dtype)
-    spec = MLPSpec(16, case.width, 1, 1024)
-    with torch.device("meta"):
-        w = backend.Weights({name: torch.empty(shape, dtype=dtype) for name, shape in spec.shapes().items()}, spec)
-    shape = backend.Shape(1, rows, case.guided, True, case.tiles, "ieee")
 
     def record(self, *arguments, grid, warmup, **keywords):
         start = time.perf_counter()
@@ -100,14 +148,14 @@ def compile_case(case: Case) -> list[dict]:
         if kernel.hash not in compiled:
             compiled[kernel.hash] = (self.__name__, kernel, time.perf_counter() - start)
 
-    device_caches = [kernel.device_caches for kernel in vars(backend).values() if isinstance(kernel, triton.JITFunction)]
-    for caches in device_caches:
-        caches.clear()
+    for kernel in (*vars(backend).values(), *vars(triton_ops).values()):
+        if isinstance(kernel, triton.JITFunction):
+            kernel.device_caches.clear()
     driver.set_active(_NoDevice(ARCHITECTURES[case.architecture]))
     triton.JITFunction.run = record
     try:
-        buffers = {name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in backend.layout(w, shape).items()}
-        backend.loop(w, shape, buffers)
+        with torch.device("meta"):
+            case.launch()
     finally:
         triton.JITFunction.run = run
     return [
@@ -179,13 +227,14 @@ def impossible_plans() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--widths", type=int, nargs="+", help="of heads and transformers; by default the published ones")
     parser.add_argument("--only", choices=("triton", "cuda"))
     parser.add_argument("--json", type=Path, help="also write everything there")
     options = parser.parse_args()
     everything, bad = [], 0
     if options.only != "cuda":
-        bad += triton_kernels(tuple(options.widths), everything)
+        cases = [*shipped(tuple(options.widths or WIDTHS)), *shipped_blocks(options.widths or HEAD_DIMS)]
+        bad += triton_kernels(cases, everything)
     if options.only != "triton":
         bad += cuda_kernels(everything)
     if options.json:
@@ -194,20 +243,16 @@ def main() -> None:
     sys.exit(bad > 0)
 
 
-def triton_kernels(widths: tuple[int, ...], everything: list[dict]) -> int:
+def triton_kernels(cases: list[Case | BlockCase], everything: list[dict]) -> int:
     """Adds to `everything` what each takes, and returns how many take too much."""
-    cases, bad = list(shipped(widths)), 0
+    bad = 0
     print(f"{'':8}{'dtype':9} width  rows guided  {'kernel':24} registers stack shared  s")
     with ProcessPoolExecutor() as pool:
         for case, kernels in zip(cases, pool.map(compile_case, cases), strict=True):
             for k in kernels:
                 bad += k["stack"] > 0 or k["shared"] > SHARED_BYTES[case.architecture]
-                everything.append({**vars(case), "tiles": case.tiles.as_dict(), **k})
-                print(
-                    f"{case.architecture:8}{case.dtype:9}{case.width:6}{case.rows:6} {case.guided!s:6}  "
-                    f"{k['kernel']:24} {k['reg']:9} {k['stack']:5} {k['shared']:6} {k['seconds']:4.1f}",
-                    flush=True,
-                )
+                everything.append({**dataclasses.asdict(case), **k})
+                print(f"{case}  {k['kernel']:24} {k['reg']:9} {k['stack']:5} {k['shared']:6} {k['seconds']:4.1f}", flush=True)
     return bad
 
 

@@ -162,11 +162,11 @@ def grid_rotation(freqs: Tensor, side: int) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Each pair (x0, x1) of channels turned by its angle. x: [..., tokens, head_dim]."""
+    """Each pair (x0, x1) of channels turned by its angle, in x's dtype. x: [..., tokens, head_dim]."""
     cos, sin = rotation
     x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-x1, x0], dim=-1).flatten(-2)
-    return x * cos + turned * sin
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -204,7 +204,7 @@ class Plain:
         return F.linear(x, *layer)
 
     def residual(self, x: Tensor) -> Tensor:
-        """x in the dtype of the residual stream."""
+        """x in the dtype of the residual stream, which may be x itself."""
         return x
 
     def norm_modulate(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class Plain:
         return self.linear(F.dropout(hidden, self.dropout, self.dropout > 0), down)
 
     def gated_residual(self, h: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
-        """h + gate * x, or h + x without a gate."""
+        """h + gate * x, or h + x without a gate. h may be overwritten: what is returned counts."""
         x = F.dropout(x, self.dropout, self.dropout > 0)
         return h + x if gate is None else h + gate * x
 
@@ -257,8 +257,8 @@ def block(
     mask: Tensor | None = None,
     cross: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The formula at the top. h: [rows, tokens, dim]; attention is among these tokens (under `mask`), or also to those before
-    `start` in the cache, where theirs are put; cross: what cross_keys_values made of the condition."""
+    """The formula at the top. h: [rows, tokens, dim], which may be overwritten; attention is among these tokens (under `mask`), or
+    also to those before `start` in the cache, where theirs are put; cross: what cross_keys_values made of the condition."""
     m = ops.norm_modulate(h, modulation.scale1, modulation.shift1)
     q, k, v = ops.qkv(m, w.qkv, w.head_dim, rotation)
     if cache is not None:
@@ -440,5 +440,5 @@ def transform(
 
 def block_causal_mask(sizes: Sequence[int]) -> Tensor:
     """[1, 1, n, n] float32: 0 where a token may attend, which is to its own part and those before it, else -inf."""
-    part = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    part = torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)])
     return torch.zeros(len(part), len(part)).masked_fill(part[:, None] < part, -torch.inf)[None, None]

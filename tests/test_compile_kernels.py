@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,19 @@ def test_all_compile_and_none_spills(tmp_path):
                 names = [
                     kernel["kernel"]
                     for kernel in compiled
-                    if (kernel["architecture"], kernel["dtype"], kernel["rows"]) == (architecture, dtype, min(rows, 2048))
+                    if (kernel["architecture"], kernel["dtype"], kernel.get("rows")) == (architecture, dtype, min(rows, 2048))
                 ]
                 first = ["adaln_linear_kernel"] if chosen.fused else ["adaln_kernel", "linear_kernel"]
                 assert {"input_projection_kernel", *first, "gated_residual_kernel", "sampler_step_kernel"} <= set(names)
+            of_blocks = [k for k in compiled if (k["architecture"], k["dtype"], k.get("head_dim")) == (architecture, dtype, 80)]
+            # Modulated, of the stream and of the condition, which in float32 are one; of q, k, v and of q; with a gate and without;
+            # of a number of hidden units that 16 divides, and of another.
+            assert Counter(k["kernel"] for k in of_blocks) == {
+                "rms_modulate_kernel": 2 if dtype == "float32" else 3,
+                "rotate_heads_kernel": 2,
+                "gated_add_kernel": 2,
+                "gelu_gate_kernel": 2,
+            }
 
 
 PROBE = """

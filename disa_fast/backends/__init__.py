@@ -14,8 +14,8 @@ and where it serves the transformers of FlowAR and xAR too
     transformer_ops(dtype) -> Plain                                        how it computes a block's parts (transformer.py)
 
 In `denoise`, noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is
-[n, z_channels], or [2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as they
-come and knows no solver. batch_invariant: a row's bits may not depend on the rows beside it.
+[n, z_channels], or [2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as
+they come and knows no solver. batch_invariant: a row's bits may not depend on the rows beside it.
 """
 
 from __future__ import annotations

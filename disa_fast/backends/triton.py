@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import graphs
-from ..heads import mlp
+from ..heads import flow, mlp
 from ..heads.packing import settle
 from ..kernels.triton import tiles
 from ..kernels.triton.tiles import Tile, Tiles
 from ..solvers import StepTable
+from .triton_ops import TritonOps
 
 try:
     import triton
@@ -37,6 +38,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from ..graphs import Buffers, Layout
+    from ..heads.flow import FlowCall, FlowHead
     from ..heads.mlp import MLPHead, MLPSpec
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -331,3 +333,76 @@ def _launch(shape: Shape) -> dict[str, bool]:
 def _precision() -> str:
     """Of products of float32 operands; as torch.set_float32_matmul_precision has it for torch's own."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# Transformers along a flow ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlowShape:
+    """What decides which kernels a call launches, with what; hence the key of its graph. The number of trajectories is not rounded
+    up: one is a whole image, and batches are mostly of one size."""
+
+    steps: int
+    trajectories: int
+    tokens: int
+    at: int
+    guided: tuple[bool, ...]
+    noisy: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        return f"T={self.steps} images={self.trajectories} tokens={self.tokens} at={self.at} guided={sum(self.guided)}"
+
+
+class FlowGraphs:
+    """The graphs over a flow head's parameters in one dtype."""
+
+    def __init__(self, p: Mapping[str, Tensor], spec: object) -> None:
+        self.graphs = graphs.Graphs(next(iter(p.values())).device)
+
+
+def transformer_ops(dtype: torch.dtype) -> TritonOps:
+    return TritonOps(dtype)
+
+
+def integrate(head: FlowHead, call: FlowCall) -> Tensor:
+    """Matrix products and attention are the library's, what lies between them is in kernels/triton."""
+    device, context = call.noise.device, call.needed()
+    (n, tokens, _), rows = call.noise.shape, len(next(iter(context.values())))
+    shape = FlowShape(len(call.table), n, tokens, call.at, call.guided, call.noisy())
+    times, steps = head.times(call.dtype, call.table), flow.coefficients(call.table, device)
+
+    def layout() -> Layout:
+        """The inputs, x becoming the result; working space comes from the graphs' memory pool."""
+        return {
+            **{name: (tuple(tensor.shape), tensor.dtype) for name, tensor in context.items()},
+            "times": (tuple(times.shape), times.dtype),
+            "steps": (tuple(steps.shape), steps.dtype),
+            "scalars": ((2,), steps.dtype),
+            "step_noise": ((shape.steps if any(shape.noisy) else 0, *call.noise.shape), call.noise.dtype),
+            "x": (tuple(call.noise.shape), call.noise.dtype),
+        }
+
+    def fill(buffers: Buffers) -> None:
+        for name, tensor in (*context.items(), ("times", times), ("steps", steps), ("x", call.noise)):
+            buffers[name].copy_(tensor)
+        if call.step_noise is not None:
+            buffers["step_noise"].copy_(call.step_noise)
+        buffers["scalars"][0].fill_(call.cfg)
+        buffers["scalars"][1].fill_(call.temperature)
+
+    def loop(b: Buffers) -> None:
+        seen = {name: b[name] for name in context}
+        velocity = head.hoisted(TritonOps(call.dtype), b["times"], shape.guided, seen, shape.at, MODULATION_BYTES)
+        x = flow.integrate(velocity, b["steps"], shape.guided, shape.noisy, *b["scalars"], b["x"], b["step_noise"])
+        b["x"].copy_(x)
+
+    with graphs.on_device(device):
+        captured = head.packed("triton flow", call.dtype, FlowGraphs).graphs
+        out = captured.run(shape, rows * tokens, layout, fill, loop, lambda buffers: buffers["x"].clone())
+        if out is None:
+            velocity = head.hoisted(TritonOps(call.dtype), times, shape.guided, context, shape.at, MODULATION_BYTES)
+            out = flow.integrate(
+                velocity, steps, shape.guided, shape.noisy, call.cfg, call.temperature, call.noise, call.step_noise
+            )
+        return out

@@ -35,6 +35,7 @@ from ..transformer import (
     Plain,
     RMSNorm,
     Rotary,
+    Rotation,
     block,
     cross_keys_values,
     gated_width,
@@ -43,7 +44,7 @@ from ..transformer import (
 )
 from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
 from .mlp import FREQUENCIES, TimeTables, draws_of, embed_time
-from .packing import describe, holding, scalar, state_of
+from .packing import describe, holding, scalar, settle, state_of
 
 HEAD_DIM = 64
 
@@ -203,8 +204,14 @@ class FlowTransformerWeights:
         self.of_condition = [layer(prefix + ("ada_lin_mlp" if spec.cross else "ada_lin")) for prefix in prefixes]
         self.of_condition.append(layer("final_layer.adaLN_modulation.1"))
         self.modulation_width = sum(len(bias) for _, bias in self.of_condition)
-        self.rotation = functools.cache(functools.partial(grid_rotation, p["res_blocks.0.attn.rope.freqs"]))
+        self.freqs = p["res_blocks.0.attn.rope.freqs"]
+        self.rotation = functools.cache(self._rotation)
         self.time_table = TimeTables(lambda t: embed_time(p, time_index(t)), self.cond[0].device)
+
+    def _rotation(self, side: int) -> Rotation:
+        rotation = grid_rotation(self.freqs, side)
+        settle(self.freqs.device)
+        return rotation
 
 
 class FlowTransformerHead(FlowHead):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +17,20 @@ from ..heads.packing import scalar
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import Solver, StepTable, resolve_flow
 from ..transformer import Backbone
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def without_autocast(method: Callable[P, T]) -> Callable[P, T]:
+    """A model's method outside of torch.autocast, whatever surrounds the call: backends mind their dtypes themselves."""
+
+    @functools.wraps(method)
+    def wrapped(self: Backbone, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast(self.class_emb.weight.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(frozen=True)

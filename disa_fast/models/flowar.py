@@ -22,7 +22,7 @@ from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
 from ..transformer import GRID, Backbone, BackboneWeights, Rotary, block_causal_mask, grid_rotation, modulations, transform
-from .flow_sampling import batch_labels, drawn, is_guided, plan
+from .flow_sampling import batch_labels, drawn, is_guided, plan, without_autocast
 from .sizes import preset
 
 SIZES: dict[str, dict[str, int | bool]] = {
@@ -137,6 +137,7 @@ class FlowAR(Backbone):
         return loss
 
     @torch.no_grad()
+    @without_autocast
     def sample_tokens(
         self,
         labels: Tensor | None,
@@ -163,7 +164,8 @@ class FlowAR(Backbone):
         draw: draw(shape, dtype) -> Tensor replaces `generator`, called in upstream's order and shapes.
         backend: of flow head and backbone, see FlowTransformerHead.denoise.
 
-        Returns [B, vae_embed_dim, H, W] latents. Raises ValueError for arguments that do not fit.
+        Returns [B, vae_embed_dim, H, W] latents, float32, or float64 of a float64 model. ValueError for arguments that do not
+        fit. torch.autocast is not consulted.
         """
         labels, K = batch_labels(self, labels, bsz), len(self.scale)
         steps = plan(K, schedule, "flowar", solver, "flowar", cfg)
@@ -184,12 +186,12 @@ class FlowAR(Backbone):
                 noise, step_noise = drawn(table, (drawn_rows, side * side, self.token_embed_dim), draw, generator, device)
                 both = guided and step.cfg > 1
                 tokens = self.head.denoise(
-                    z if both else z[:batch], table, step.cfg, guidance, temperature,
+                    z if both else z[:batch], table, step.cfg if both else 1.0, guidance, temperature,
                     noise[:batch], None if step_noise is None else step_noise[:, :batch], backend=backend,
-                )[:batch].to(dtype)  # fmt: skip
+                )[:batch]  # fmt: skip
                 grid = tokens.transpose(1, 2).unflatten(2, (side, side))
                 start += side * side
                 if step.k + 1 < K:
-                    x = ops.linear(as_sequence(enlarged(grid, self.scale[step.k + 1])), w.input)
+                    x = ops.linear(as_sequence(enlarged(grid, self.scale[step.k + 1])).to(dtype), w.input)
                     x = torch.cat([x, x]) if guided else x
         return self.unpatchify(grid)

@@ -22,7 +22,7 @@ from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
 from ..transformer import Backbone, BackboneWeights, Rotary, Rotation, block_causal_mask, grid_rotation, modulations, transform
-from .flow_sampling import batch_labels, drawn, is_guided, plan
+from .flow_sampling import batch_labels, drawn, is_guided, plan, without_autocast
 from .sizes import preset
 
 SIZES: dict[str, dict[str, int]] = {
@@ -139,6 +139,7 @@ class XAR(Backbone):
         return flow_loss(velocity, target, t.repeat_interleave(per_cell, dim=1)[..., None])
 
     @torch.no_grad()
+    @without_autocast
     def sample_tokens(
         self,
         labels: Tensor | None,
@@ -165,8 +166,9 @@ class XAR(Backbone):
         draw: draw(shape, dtype) -> Tensor replaces `generator`, called in upstream's order and shapes.
         backend: see FlowTransformerHead.denoise.
 
-        Returns [B, vae_embed_dim, H, W] latents. Raises ValueError for arguments that do not fit. One step for a cell works, and
-        two are two steps along the flow (upstream fails with one, and evaluates the second of two as it does a first).
+        Returns [B, vae_embed_dim, H, W] latents, float32, or float64 of a float64 model. ValueError for arguments that do not
+        fit. torch.autocast is not consulted. One step for a cell works, and two are two (upstream fails with one step, and with two
+        in a cell between first and last).
         """
         labels, K = batch_labels(self, labels, bsz), self.clusters
         steps = plan(K, schedule, "xar", solver, "uniform", cfg)
@@ -182,5 +184,5 @@ class XAR(Backbone):
                 cell = self.head.denoise(
                     context, at, step.table, step.cfg, guidance, temperature, noise, step_noise, backend=backend, guided_rows=guided
                 )
-                cells.append(cell.to(dtype))
+                cells.append(cell.to(torch.promote_types(dtype, torch.float32)))
         return self.unpatchify(unclusterify(torch.cat(cells, dim=1), math.isqrt(K)))

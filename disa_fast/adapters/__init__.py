@@ -1,0 +1,28 @@
+"""Which structure an object has, and who knows how to accelerate it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import UnsupportedError
+from ..heads.packing import Packing
+from .accelerated import Accelerated
+from .flow import AcceleratedFlowAR, AcceleratedXAR
+from .mar import AcceleratedMAR
+
+ADAPTERS: dict[str, type[Accelerated]] = {"flownet": AcceleratedFlowAR, "clusters": AcceleratedXAR, "diffloss": AcceleratedMAR}
+
+
+def adapter_of(model: nn.Module) -> type[Accelerated]:
+    """The adapter for objects like this. UnsupportedError if there is none, or no need of one."""
+    if isinstance(getattr(model, "head", None), Packing):
+        raise UnsupportedError(
+            f"model: {type(model).__name__} is disa_fast's own, already fast: pass schedule= to its sample_tokens"
+        )
+    for attribute, adapter in ADAPTERS.items():
+        if hasattr(model, attribute):
+            return adapter
+    raise UnsupportedError(
+        "model: expected a MAR-shaped object, with diffloss.net and diffloss.sample, a FlowAR-shaped one, with flownet, or an "
+        f"xAR-shaped one, with clusters; {type(model).__name__} has none of them"
+    )

@@ -1,0 +1,35 @@
+"""Heads apart for attention, and rotary positions: what lies between a projection and the attention that reads it."""
+
+import triton
+import triton.language as tl
+
+from .common import rounded
+
+
+@triton.jit(do_not_specialize=["rows", "tokens"])
+def rotate_heads_kernel(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, rows, tokens,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[p, r, head, t] = x[r, t, p, head], for p < TURNED each pair (x0, x1) of channels turned:
+
+        (x0 * cos0[t] - x1 * sin0[t], x1 * cos1[t] + x0 * sin1[t])
+
+    x [rows, tokens, PARTS, HEADS, HEAD_DIM] as the projection left it, where a float16 that overflowed counts as the largest;
+    cos, sin [tokens, HEAD_DIM] in any dtype; out [PARTS, rows, HEADS, tokens, HEAD_DIM]. One program owns one p, r and t.
+    """
+    at, p = tl.program_id(0), tl.program_id(1)
+    r, t = (at // tokens).to(tl.int64), (at % tokens).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    head, channel = n // HEAD_DIM, n % HEAD_DIM
+    live = n < HEADS * HEAD_DIM
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + (at.to(tl.int64) * PARTS + p) * (HEADS * HEAD_DIM) + n, mask=live, other=0.0)
+    x = rounded(x, dtype).to(tl.float32)
+    if p < TURNED:
+        cos = tl.load(cos_ptr + t * HEAD_DIM + channel, mask=live, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + t * HEAD_DIM + channel, mask=live, other=0.0).to(tl.float32)
+        x0, x1 = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+        x = x * cos + tl.interleave(-x1, x0) * sin
+    to = (((p * rows + r) * HEADS + head) * tokens + t) * HEAD_DIM + channel
+    tl.store(out_ptr + to, rounded(x, dtype), mask=live)
