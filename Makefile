@@ -46,9 +46,10 @@ kernels: $(INSTALLED)
 gpu-report:
 	$(PYTHON) -m bench.gpu_report
 
-# Writes bench/results/cpu.json; look at the ratios, never at the times of another machine.
+# Writes bench/results/cpu.json and flow.json; look at the ratios, never at the times of another machine.
 bench: $(INSTALLED)
 	$(BIN)/pytest bench/bench_cpu.py --benchmark-only --benchmark-json=bench/results/cpu.json
+	$(BIN)/pytest bench/bench_flow.py --benchmark-only --benchmark-json=bench/results/flow.json
 
 # A wheel for this Python and Linux x86-64, in dist/; it serves the systems whose C library is not older than this one's.
 wheel: $(INSTALLED)

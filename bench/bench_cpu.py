@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from shapes import SIZES, Z_CHANNELS, iterations
+from turns import in_turns, ratio, seconds
 
 from disa_fast import _C, MLPHead, solvers
 from disa_fast.backends import cpu
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 ROWS = [2, 8, 14, 32, 128, 512, 2048]
 STEPS = {512: 3, 2048: 2}  # of a call; 10 where there are fewer rows
-SECONDS = 5  # of taking turns, at least; and at least 3 turns
 STORAGE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CONTESTANTS = ["eager", "torch.compile", "hoisted", *STORAGE]
 
@@ -63,26 +63,6 @@ def ways(head: MLPHead, run: Callable[..., torch.Tensor]) -> dict[str, Callable[
         "float32": lambda: run(backend="cpu"),
         "bfloat16": lambda: run(backend="cpu", dtype=torch.bfloat16),
     }
-
-
-def seconds(f: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
-def in_turns(fs: dict[str, Callable[[], object]], least: int = 3) -> dict[str, list[float]]:
-    times = {name: [] for name in fs}
-    start = time.perf_counter()
-    while time.perf_counter() - start < SECONDS or len(times[next(iter(fs))]) < least:
-        for name, f in fs.items():
-            times[name].append(seconds(f))
-    return times
-
-
-def ratio(base: list[float], other: list[float]) -> tuple[float, float, float]:
-    """(lower quartile, median, upper quartile) of base / other, turn by turn."""
-    return tuple(statistics.quantiles([a / b for a, b in zip(base, other, strict=True)], n=4))
 
 
 class Limits:
