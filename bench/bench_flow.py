@@ -48,7 +48,6 @@ def test_image(benchmark, name, capsys):
     with capsys.disabled():
         print(f"\n{name}, one image, {images.steps[0]} to {images.steps[1]} steps, {torch.get_num_threads()} threads")
         for contestant, r in results.items():
-            print(
-                f"{contestant:20} {r['seconds']:7.1f} s  {r['over_eager']:.2f}x ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f})"
-            )
+            low, high = r["quartiles"]
+            print(f"{contestant:20} {r['seconds']:7.1f} s  {r['over_eager']:.2f}x ({low:.2f} to {high:.2f})")
         print("share of each step:", ", ".join(f"{share:.0%}" for share in shares))

@@ -7,13 +7,13 @@ import torch
 from . import backends
 from .accelerate import Accelerated, handle_of
 from .errors import UnsupportedError
-from .heads import MLPHead
+from .heads.packing import Packing
 
 
 def explain(head_or_model: object, rows: int = 8) -> dict[str, object]:
     """Print, and return as a dict, what a call with `rows` rows would run.
 
-    head_or_model: an MLPHead, one of disa_fast.models, or a model given to `accelerate`. Raises UnsupportedError for anything else.
+    head_or_model: a head, one of disa_fast.models, or a model given to `accelerate`. Raises UnsupportedError for anything else.
     """
     head, facts = _head_of(head_or_model)
     why_not = backends.survey(head.spec, head.dtype, head.device, rows)
@@ -36,13 +36,13 @@ def explain(head_or_model: object, rows: int = 8) -> dict[str, object]:
     return facts
 
 
-def _head_of(thing: object) -> tuple[MLPHead, dict[str, object]]:
-    if isinstance(thing, MLPHead):
+def _head_of(thing: object) -> tuple[Packing, dict[str, object]]:
+    if isinstance(thing, Packing):
         return thing, {}
-    if isinstance(getattr(thing, "head", None), MLPHead) and not isinstance(thing, Accelerated):
+    if isinstance(getattr(thing, "head", None), Packing) and not isinstance(thing, Accelerated):
         return thing.head, {}
     handle = thing if isinstance(thing, Accelerated) else handle_of(thing)
     if handle is not None:
         return handle.head, {"backend": handle.backend, "schedule": handle.schedule, "solver": handle.solver, "clip": handle.clip}
     kind = f"an unaccelerated {type(thing).__name__}" if isinstance(thing, torch.nn.Module) else repr(thing)
-    raise UnsupportedError(f"head_or_model: expected an MLPHead, a disa_fast model or an accelerated model, got {kind}")
+    raise UnsupportedError(f"head_or_model: expected a head, a disa_fast model or an accelerated model, got {kind}")

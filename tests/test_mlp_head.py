@@ -414,5 +414,5 @@ def test_explain(head, capsys):
     facts = disa_fast.explain(head)
     assert facts["backend"] == ("cpu" if cpu.is_built() else "hoisted")
     assert "width=64" in capsys.readouterr().out
-    with pytest.raises(UnsupportedError, match="expected an MLPHead"):
+    with pytest.raises(UnsupportedError, match="expected a head"):
         disa_fast.explain(3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ class XAR(Backbone):
         attn_dropout: float = 0.0,
         proj_dropout: float = 0.0,
         clusters: int = 4,
+        token_std: Sequence[float] | None = None,
     ) -> None:
         side, on_a_side = img_size // vae_stride // patch_size, math.isqrt(clusters)
         if on_a_side**2 != clusters or side % on_a_side:
@@ -106,6 +108,7 @@ class XAR(Backbone):
             class_num=class_num,
             attn_dropout=attn_dropout,
             proj_dropout=proj_dropout,
+            token_std=token_std,
         )
         self.clusters = clusters
         dim = encoder_embed_dim
