@@ -54,9 +54,9 @@ def _serves_unpacked(weight: Tensor) -> bool:
 @functools.cache
 def _takes_unpacked(dtype: torch.dtype) -> bool:
     """Whether this PyTorch's operators take a weight that was not packed: tried once, since nothing documents it."""
-    x, weight, bias = (torch.ones(shape, dtype=dtype) for shape in ((2, 4), (3, 4), (3,)))
+    x, weight, bias = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((2, 4), (3, 4), (3,)))
     try:
         made = torch.ops.mkldnn._linear_pointwise.binary(x, torch.full_like(x[:, :3], 2), weight, bias, "mul")
-    except RuntimeError:
+    except (AttributeError, RuntimeError):
         return False
     return bool((made == 10).all())

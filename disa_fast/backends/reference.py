@@ -82,7 +82,7 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
     rows = len(next(iter(call.context.values())))
 
     def velocity(i: int, x: Tensor) -> Tensor:
-        full = x.repeat(rows // len(x), 1, 1).to(call.dtype)
+        full = (x if len(x) == rows else torch.cat([x, x])).to(call.dtype)
         return network(full, times[i].expand(rows), call.at, **call.context)[: len(x)]
 
     steps = flow.coefficients(call.table, call.noise.device)

@@ -162,7 +162,7 @@ class CellTransformerHead(FlowHead):
         def velocity(i: int, x: Tensor) -> Tensor:
             nonlocal steps, ready
             if i not in steps:
-                steps = chunk_from(i, guided, budget // (len(x) * width * condition.element_size()))
+                steps = chunk_from(i, guided, budget // max(1, len(x) * width * condition.element_size()))
                 y = F.silu(times[steps.start : steps.stop, None] + condition[: len(x)])
                 ready = [ops.linear(y, layer) for layer in backbone.ada_lin]
             of_step = [Modulation.split(part[i - steps.start, :, None]) for part in ready]

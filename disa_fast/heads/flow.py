@@ -6,6 +6,7 @@ float64, as the published samplers keep it; the network sees it in its own dtype
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .. import backends
 from ..solvers import StepTable
 from ..transformer import Plain
 from .mlp import Draw
-from .packing import Packing, describe, scalar
+from .packing import Packing, describe, scalar, settle
 
 Context = Mapping[str, Tensor]
 Velocity = Callable[[int, Tensor], Tensor]
@@ -94,9 +95,8 @@ class FlowHead(Packing, ABC):
             raise ValueError(f"temperature: expected at least 0, got {temperature:g}")
         like, rows = next(iter(context.values())), len(next(iter(context.values())))
         n = rows // halves
-        guided = (
-            tuple(bool(g) for g in table.within(*check_guidance(guidance)) & (cfg > 1)) if halves == 2 else (False,) * len(table)
-        )
+        within = table.within(*check_guidance(guidance))
+        guided = tuple((within & (cfg > 1 and halves == 2)).tolist())
         chosen = backends.BACKENDS[backends.choose(backend, self.spec, dtype, self.device, rows * size[0])]
 
         noise = _trajectories("noise", noise, like.device, (), n, rows, size)
@@ -119,10 +119,9 @@ def check_table(table: StepTable) -> None:
 
 def check_guidance(guidance: tuple[float, float]) -> tuple[float, float]:
     """(low, high) as numbers. ValueError for anything else, or where low > high."""
-    try:
-        low, high = (scalar("guidance", bound) for bound in guidance)
-    except TypeError:
-        raise ValueError(f"guidance: expected (low, high), times between which guidance is applied, got {guidance!r}") from None
+    if not isinstance(guidance, tuple | list) or len(guidance) != 2:
+        raise ValueError(f"guidance: expected (low, high), times between which guidance is applied, got {guidance!r}")
+    low, high = (scalar("guidance", bound) for bound in guidance)
     if low > high:
         raise ValueError(f"guidance: expected low <= high, got {guidance!r}")
     return low, high
@@ -136,12 +135,13 @@ def draw_flow_noise(
     noise: Tensor | None = None,
     step_noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(noise, step_noise), what is None drawn as the published samplers draw it: the start in float32, with guidance for both
-    halves, then float64 at each noisy step. step_noise stays None for a table without any."""
+    """(noise [*shape], step_noise [T, *shape]), what is None drawn as the published samplers draw it: the start in float32, then
+    float64 at each noisy step. step_noise stays None for a table without any."""
     if noise is None:
         noise = draw_start(shape, torch.float32)
     if step_noise is None and table.noisy.any():
-        step_noise = torch.stack([draw_step(shape, STATE) for _ in range(int(table.noisy.sum()))])
+        drawn = [draw_step(shape, STATE) for _ in range(int(table.noisy.sum()))]
+        step_noise = torch.stack(drawn)
     return noise, step_noise
 
 
@@ -150,9 +150,8 @@ def _of_every_step(step_noise: Tensor, table: StepTable) -> Tensor | None:
     if not table.noisy.any():
         return None
     if isinstance(step_noise, Tensor) and step_noise.ndim == 4 and len(step_noise) == int(table.noisy.sum()) < len(table):
-        every = step_noise.new_zeros(len(table), *step_noise.shape[1:])
-        every[torch.tensor(table.noisy, device=every.device)] = step_noise
-        return every
+        given, nothing = iter(step_noise), torch.zeros_like(step_noise[0])
+        return torch.stack([next(given) if noisy else nothing for noisy in table.noisy])
     return step_noise
 
 
@@ -172,10 +171,13 @@ def _trajectories(
 # The loop --------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(256)
 def coefficients(table: StepTable, device: torch.device) -> Tensor:
     """[T, 4] float64: a, b, c and the deviation of the noise of every step."""
     deviation = np.where(table.noisy, np.exp(table.l0 / 2), 0.0)
-    return torch.from_numpy(np.stack([table.a, table.b, table.c, deviation], axis=1)).to(device)
+    packed = torch.from_numpy(np.stack([table.a, table.b, table.c, deviation], axis=1)).to(device)
+    settle(device)
+    return packed
 
 
 def integrate(

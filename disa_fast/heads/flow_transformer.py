@@ -92,7 +92,7 @@ class FlowTransformerSpec:
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], where: str) -> FlowTransformerSpec:
         """The spec of parameters with these shapes. ValueError if they are not a head: what is missing, extra or odd."""
-        anchors = ("input_proj.weight", "cond_embed.weight")
+        anchors = ("input_proj.weight", "cond_embed.weight", "res_blocks.0.attn.qkv.weight")
         missing = [name for name in anchors if len(shapes.get(name, ())) != 2]
         if missing:
             raise ValueError(
@@ -318,7 +318,7 @@ class FlowTransformerHead(FlowHead):
         def velocity(i: int, x: Tensor) -> Tensor:
             nonlocal steps, y, ready
             if i not in steps:
-                each = x[..., 0].numel() * w.modulation_width * x.new_empty(0, dtype=z.dtype).element_size()
+                each = x[..., 0].numel() * w.modulation_width * z.element_size()
                 steps = chunk_from(i, guided, budget // max(1, each))
                 y = F.silu(times[steps.start : steps.stop, None, None] + condition[: len(x)])
                 ready = [ops.linear(y, layer) for layer in w.of_condition] if len(steps) > 1 else []

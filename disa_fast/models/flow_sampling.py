@@ -10,24 +10,27 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .. import graphs
 from ..checks import check_labels, is_whole
 from ..heads.flow import STATE, check_guidance, draw_flow_noise
 from ..heads.mlp import Draw, draws_of
 from ..heads.packing import scalar
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import Solver, StepTable, resolve_flow
-from ..transformer import Backbone
+from .backbone import Backbone
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def without_autocast(method: Callable[P, T]) -> Callable[P, T]:
-    """A model's method outside of torch.autocast, whatever surrounds the call: backends mind their dtypes themselves."""
+def undisturbed(method: Callable[P, T]) -> Callable[P, T]:
+    """A model's method outside of torch.autocast, whatever surrounds the call, since backends mind their dtypes themselves; and on
+    the model's device."""
 
     @functools.wraps(method)
     def wrapped(self: Backbone, *args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.autocast(self.class_emb.weight.device.type, enabled=False):
+        device = self.class_emb.weight.device
+        with torch.autocast(device.type, enabled=False), graphs.on_device(device):
             return method(self, *args, **kwargs)
 
     return wrapped

@@ -21,8 +21,9 @@ from ..heads.mlp import Draw
 from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
-from ..transformer import GRID, Backbone, BackboneWeights, Rotary, block_causal_mask, grid_rotation, modulations, transform
-from .flow_sampling import batch_labels, drawn, is_guided, plan, without_autocast
+from ..transformer import GRID, BackboneWeights, Rotary, grid_rotation, modulations, transform
+from .backbone import Backbone, block_causal_mask
+from .flow_sampling import batch_labels, drawn, is_guided, plan, undisturbed
 from .sizes import preset
 
 SIZES: dict[str, dict[str, int | bool]] = {
@@ -86,8 +87,8 @@ class FlowAR(Backbone):
         if buffer_size:
             raise ValueError(f"buffer_size: expected 0, with which alone the published sampler works, got {buffer_size}")
         side = img_size // vae_stride // patch_size
-        if not scale or scale[-1] != side:
-            raise ValueError(f"scale: expected the last to be the image's {side} tokens on a side, got {list(scale)}")
+        if not scale or (scale[0], scale[-1]) != (1, side):
+            raise ValueError(f"scale: expected sides from 1 to the image's {side} tokens, got {list(scale)}")
         super().__init__(
             positions=sum(s * s for s in scale),
             rope=Rotary,
@@ -124,12 +125,14 @@ class FlowAR(Backbone):
         """
         tokens = self.patchify(images)
         targets = [F.interpolate(tokens, (s, s), mode="area") for s in self.scale[:-1]] + [tokens]
-        inputs = torch.cat([as_sequence(enlarged(t, s)) for t, s in zip(targets, self.scale[1:], strict=False)], dim=1)
+        nothing = [tokens.new_zeros(len(tokens), 0, self.token_embed_dim)]
+        inputs = [as_sequence(enlarged(t, s)) for t, s in zip(targets, self.scale[1:], strict=False)]
+        inputs = torch.cat(nothing + inputs, dim=1)
         if self.training and self.context_noise:
             inputs = inputs + self.context_noise * torch.randn_like(inputs)
         condition = self.class_emb(self.drop_labels(labels))[:, None]
 
-        ops, w = self.training_ops(), BackboneWeights.of(dict(self.named_parameters()) | dict(self.named_buffers()))
+        ops, w = self.training_ops(), BackboneWeights.of(self.named_tensors())
         x = torch.cat([condition, ops.linear(inputs, w.input)], dim=1)
         rotations = [grid_rotation(w.freqs, s) for s in self.scale]
         rotation = tuple(torch.cat(part) for part in zip(*rotations, strict=True))
@@ -145,7 +148,7 @@ class FlowAR(Backbone):
         return loss
 
     @torch.no_grad()
-    @without_autocast
+    @undisturbed
     def sample_tokens(
         self,
         labels: Tensor | None,
@@ -181,7 +184,7 @@ class FlowAR(Backbone):
         drawn_rows = batch * (1 if cfg == 1.0 else 2)  # upstream doubles the batch then, guided or not
         rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels
 
-        w = BackboneWeights.of(dict(self.named_parameters()) | dict(self.named_buffers()))
+        w = BackboneWeights.of(self.named_tensors())
         dtype, device = w.encoder_norm.dtype, labels.device
         ops = backends.BACKENDS[backends.choose(backend, self.head.spec, dtype, device, len(rows))].transformer_ops(dtype)
         condition = self.class_emb(rows)[:, None]

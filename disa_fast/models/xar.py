@@ -22,8 +22,9 @@ from ..heads.mlp import FREQUENCIES, Draw, embed_time
 from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
-from ..transformer import Backbone, BackboneWeights, Rotary, Rotation, block_causal_mask, grid_rotation, modulations, transform
-from .flow_sampling import batch_labels, drawn, is_guided, plan, without_autocast
+from ..transformer import BackboneWeights, Rotary, Rotation, grid_rotation, modulations, transform
+from .backbone import Backbone, block_causal_mask
+from .flow_sampling import batch_labels, drawn, is_guided, plan, undisturbed
 from .sizes import preset
 
 SIZES: dict[str, dict[str, int]] = {
@@ -86,8 +87,8 @@ class XAR(Backbone):
         clusters: int = 4,
         token_std: Sequence[float] | None = None,
     ) -> None:
-        side, on_a_side = img_size // vae_stride // patch_size, math.isqrt(clusters)
-        if on_a_side**2 != clusters or side % on_a_side:
+        side, on_a_side = img_size // vae_stride // patch_size, math.isqrt(max(0, clusters))
+        if clusters < 1 or on_a_side**2 != clusters or side % on_a_side:
             raise ValueError(f"clusters: expected a square number whose root divides the {side} tokens on a side, got {clusters}")
         tables = functools.partial(_tables, side=side, on_a_side=on_a_side)
         super().__init__(
@@ -125,7 +126,7 @@ class XAR(Backbone):
         images: [B, vae_embed_dim, H, W]; labels: [B] int64, dropped with label_drop_prob. Times are the logistic of a normal.
         """
         target = clusterify(self.patchify(images), math.isqrt(self.clusters))
-        p = dict(self.named_parameters()) | dict(self.named_buffers())
+        p = self.named_tensors()
         ops, w = self.training_ops(), BackboneWeights.of(p)
         t = torch.randn(len(images), self.clusters, device=images.device).sigmoid()
         e = embed_time(p, time_index(t).flatten()).unflatten(0, t.shape)
@@ -142,7 +143,7 @@ class XAR(Backbone):
         return flow_loss(velocity, target, t.repeat_interleave(per_cell, dim=1)[..., None])
 
     @torch.no_grad()
-    @without_autocast
+    @undisturbed
     def sample_tokens(
         self,
         labels: Tensor | None,
@@ -182,7 +183,7 @@ class XAR(Backbone):
             at = step.k * per_cell
             with profiling.range(profiling.AR_STEP, step.k, K, len(step.table), len(rows) * per_cell):
                 if cells:
-                    self.head.finish(context, at - per_cell, torch.cat([cells[-1]] * (len(rows) // batch)), backend)
+                    self.head.finish(context, at - per_cell, torch.cat([cells[-1]] * (1 + guided)), backend)
                 noise, step_noise = drawn(step.table, (batch, per_cell, self.token_embed_dim), draw, generator, labels.device)
                 cell = self.head.denoise(
                     context, at, step.table, step.cfg, guidance, temperature, noise, step_noise, backend=backend, guided_rows=guided
