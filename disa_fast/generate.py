@@ -1,9 +1,9 @@
-"""Images from a MAR: load a checkpoint, sample in batches, write PNGs."""
+"""Images from a model of one of the systems: load a checkpoint, sample in batches, write PNGs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +13,22 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from . import solvers
 from .checkpoint import load_checkpoint, read_config
 from .files import written_aside
-from .models import MAR, mar
-from .models.mar import SIZES
+from .models import MAR, XAR, FlowAR, flowar, mar, xar
+from .models.flowar import SIZES as FLOWAR_SIZES
+from .models.mar import SIZES as MAR_SIZES
+from .models.xar import SIZES as XAR_SIZES
 from .pictures import save_png, to_pixels
 from .schedule import Schedule, as_schedule, steps_at
-from .solvers import DEFAULT_CLIP, Solver, resolve
+from .solvers import DEFAULT_CLIP, Solver
 
-DEMO_CHECKPOINT = Path(__file__).parent / "demo" / "weights" / "mar_fashion_mnist.safetensors"
+DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
 
 @dataclass(frozen=True)
-class Sampling:
+class MARSampling:
     """Everything but labels and seed that decides what `MAR.sample_tokens` draws; see there."""
 
     schedule: Schedule | str = "linear:50-5"
@@ -37,32 +40,105 @@ class Sampling:
     temperature: float = 1.0
     backend: str = "auto"
 
-    def network_evaluations(self) -> int:
+    def network_evaluations(self, model: MAR) -> int:
         """Evaluations of the head for one image: the sum over k of what T(k) leaves after clipping."""
-        schedule, table_for = as_schedule(self.schedule), resolve(self.solver, self.clip)
+        schedule, table_for = as_schedule(self.schedule), solvers.resolve(self.solver, self.clip)
         return sum(len(table_for(steps_at(schedule, k, self.num_iter))) for k in range(self.num_iter))
 
 
-def load_model(checkpoint: Path | None = None, size: str | None = None, ema: bool = True) -> MAR:
-    """The demo's MAR, or the one of `checkpoint`: built from the file's own metadata, else as the published `size`.
+@dataclass(frozen=True)
+class FlowSampling:
+    """Everything but labels and seed that decides what `FlowAR.sample_tokens` or `XAR.sample_tokens` draws; see there."""
 
-    Raises FileNotFoundError, or ValueError where the file and the size do not fit.
+    schedule: Schedule | str
+    solver: str | Solver
+    cfg: float
+    guidance: tuple[float, float]
+    temperature: float = 1.0
+    backend: str = "auto"
+
+    def network_evaluations(self, model: FlowAR | XAR) -> int:
+        """Evaluations of the velocity for one image: the sum over scales or cells of what the solver's grid makes of T(k)."""
+        return sum(len(step.table) for step in model.plan(self.schedule, self.solver))
+
+
+Model = MAR | FlowAR | XAR
+Sampling = MARSampling | FlowSampling
+
+
+@dataclass(frozen=True)
+class System:
+    """One kind of model: its constructor, its published sizes, the names of its solvers, and its default settings, those for a
+    published checkpoint and those for the demo's."""
+
+    make: Callable[..., Model]
+    sizes: Mapping[str, Mapping[str, int | bool]]
+    solvers: Sequence[str]
+    published: Sampling
+    demo: Sampling
+
+
+SYSTEMS = {
+    "mar": System(
+        mar,
+        MAR_SIZES,
+        solvers.NAMES,
+        published=MARSampling(),
+        demo=MARSampling(num_iter=24),  # 49 tokens
+    ),
+    "flowar": System(
+        flowar,
+        FLOWAR_SIZES,
+        solvers.FLOW_NAMES,
+        published=FlowSampling("linear:25-15", "euler", cfg=2.4, guidance=(0.0, 0.9)),
+        demo=FlowSampling("linear:25-15", "euler", cfg=2.4, guidance=(0.0, 0.9)),
+    ),
+    "xar": System(
+        xar,
+        XAR_SIZES,
+        solvers.FLOW_NAMES,
+        published=FlowSampling("linear:50-15", "euler_maruyama", cfg=2.7, guidance=(0.0, 1.0)),
+        demo=FlowSampling("linear:50-15", "euler_maruyama", cfg=2.7, guidance=(0.0, 1.0)),
+    ),
+}
+
+
+def load_model(checkpoint: Path | None = None, size: str | None = None, ema: bool = True, system: str = "mar") -> Model:
+    """The demo's model of `system`, or the one of `checkpoint`: built from the file's own metadata, else as the published `size`.
+
+    system: a key of SYSTEMS. Raises FileNotFoundError, or ValueError where system, size and the file do not fit.
     """
-    checkpoint = DEMO_CHECKPOINT if checkpoint is None else checkpoint
+    if system not in SYSTEMS:
+        raise ValueError(f"system: expected one of {list(SYSTEMS)}, got {system!r}")
+    make, sizes = SYSTEMS[system].make, SYSTEMS[system].sizes
+    checkpoint = DEMO_WEIGHTS / f"{system}_fashion_mnist.safetensors" if checkpoint is None else checkpoint
     config = read_config(checkpoint)
     if config is None:
-        if size is None:
-            raise ValueError(f"size: {checkpoint} does not say how it is built; expected one of {', '.join(SIZES)}")
-        model = mar(size=size)
+        if size not in sizes:
+            raise ValueError(
+                f"size: {checkpoint} does not say how it is built; expected one of {', '.join(sizes)} for {system}, got {size!r}"
+            )
+        model = make(size=size)
     else:
         name, arguments = config
-        if name != "mar":
-            raise ValueError(f"{checkpoint}: expected a mar, it holds a {name}")
+        if name != system:
+            raise ValueError(f"system: {checkpoint} says that it holds {name!r}, got {system!r}")
         if size is not None:
             raise ValueError(f"size: {checkpoint} says itself how it is built, got {size!r}")
-        model = MAR(**arguments)
+        model = make(**arguments)
     load_checkpoint(model, checkpoint, ema)
     return model.eval()
+
+
+def classes_of(model: Model, wanted: Sequence[int] | None = None) -> Sequence[int]:
+    """The classes that are wanted, or all that there are. ValueError for one that the model does not have."""
+    # FlowAR and xAR have one more embedding, for no class.
+    count = model.class_emb.num_embeddings if isinstance(model, MAR) else model.no_class
+    if wanted is None:
+        return range(count)
+    if not all(0 <= c < count for c in wanted):
+        raise ValueError(f"labels: expected classes 0..{count - 1}, got {list(wanted)}")
+    return wanted
 
 
 def labels_in_turn(classes: Sequence[int], count: int) -> Tensor:
@@ -71,14 +147,15 @@ def labels_in_turn(classes: Sequence[int], count: int) -> Tensor:
 
 
 def draw_images(
-    model: MAR, labels: Tensor, sampling: Sampling, seed: int, batch: int, progress: bool = True, name: str = "drawing"
+    model: Model, labels: Tensor, sampling: Sampling, seed: int, batch: int, progress: bool = True, name: str = "drawing"
 ) -> tuple[Tensor, float]:
-    """([N, C, H, W] float32, seconds): `labels` in batches, all noise and orders from one generator seeded with `seed`."""
-    generator = torch.Generator(device=model.fake_latent.device).manual_seed(seed)
+    """([N, C, H, W] float32, seconds): `labels` in batches, all noise and MAR's orders from one generator seeded with `seed`."""
+    device = model.class_emb.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
     parts, started = [], time.perf_counter()
     bar = tqdm(total=len(labels), desc=name, unit="image", disable=not progress)
     with bar:
-        for part in labels.to(model.fake_latent.device).split(batch):
+        for part in labels.to(device).split(batch):
             parts.append(model.sample_tokens(part, generator=generator, **vars(sampling)))
             bar.update(len(part))
     return torch.cat(parts).float().cpu(), time.perf_counter() - started

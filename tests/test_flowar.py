@@ -228,27 +228,6 @@ def test_patches_there_and_back():
     assert model.sample_tokens(LABELS, "constant:2").shape == (2, 3, 16, 16)
 
 
-def test_patches_as_cosines_there_and_back():
-    """token_std: a channel is a wave along rows times one along columns, of unit norm, over its number."""
-    std = [float(n) for n in range(1, 17)]
-    options = {"img_size": 16, "vae_stride": 1, "patch_size": 4, "vae_embed_dim": 1}
-    model, plain = small_flowar(torch.float64, token_std=std, **options), small_flowar(torch.float64, **options)
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    images = torch.randn(2, 1, 16, 16, dtype=torch.float64)
-    tokens = model.patchify(images)
-    patch = images[0, 0, 4:8, 8:12]
-    for i, (u, v) in enumerate((u, v) for u in range(4) for v in range(4)):
-        wave = [[math.cos(math.pi / 4 * u * (y + 0.5)) * math.cos(math.pi / 4 * v * (x + 0.5)) for x in range(4)] for y in range(4)]
-        wave = torch.tensor(wave, dtype=torch.float64)
-        assert float(tokens[0, i, 1, 2]) == pytest.approx(float((patch * wave).sum() / wave.norm()) / std[i], abs=1e-6)
-    assert_close(model.unpatchify(tokens), images, worst=1e-5)  # the waves are float32
-    draws = [torch.randn(4, n, 16) for n in (1, 4, 16)]
-    drawn, undone = (m.sample_tokens(LABELS, "constant:3", draw=replaying(draws)[0]) for m in (model, plain))
-    assert_close(drawn, model.unpatchify(plain.patchify(undone)), worst=1e-10)
-    with pytest.raises(ValueError, match="token_std: expected 16 numbers, one a channel, got 3"):
-        small_flowar(token_std=[1.0, 2.0, 3.0])
-
-
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
@@ -582,16 +561,6 @@ def test_dropout_in_training_alone(fixed_draws, kind):
     run = {"labels": LABELS, "schedule": "constant:3"}
     expected = plain.sample_tokens(generator=seeded(), **run)
     assert torch.equal(dropping.sample_tokens(generator=seeded(), **run), expected)
-
-
-@torch.no_grad()
-def test_context_noise_in_training_alone(fixed_draws):
-    images = torch.randn(2, 16, 4, 4)
-    model = small_flowar(label_drop_prob=0.0)
-    published = float(model.train()(images, LABELS))
-    model.context_noise = 0.5
-    assert float(model(images, LABELS)) != published
-    assert float(model.eval()(images, LABELS)) == published
 
 
 def test_training_lowers_the_loss():

@@ -30,9 +30,9 @@ def test_installed_with_its_data():
     assert (package / "py.typed").is_file()
     weights = {path.name: path.stat().st_size for path in (package / "demo" / "weights").iterdir()}
     assert set(weights) == {
-        f"{what}_fashion_mnist.{suffix}" for what in ("mar", "classifier") for suffix in ("safetensors", "json")
+        f"{what}_fashion_mnist.{suffix}" for what in ("mar", "flowar", "xar", "classifier") for suffix in ("safetensors", "json")
     }
-    assert sum(weights.values()) < 6e6
+    assert sum(weights.values()) < 13e6
     assert metadata("disa-fast")["License-Expression"] == "MIT"
     assert any(script.name == "disa-fast" for script in entry_points(group="console_scripts"))
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from .. import backends
 from ..checks import check_shapes
 from ..errors import UnsupportedError
-from ..models.flow_sampling import plan
 from ..models.flowar import FlowAR
 from ..models.xar import XAR
 from ..schedule import Linear, Schedule, as_schedule
-from ..solvers import DEFAULT_CLIP, Solver, resolve_flow
+from ..solvers import DEFAULT_CLIP, Solver
 from .accelerated import Accelerated
 
 COUNTS = ("flow_upper_steps", "flow_lower_steps")  # arguments by which DiSA's objects are told how to anneal
@@ -33,7 +32,6 @@ class AcceleratedFlow(Accelerated):
     system: ClassVar[str]
     default_schedule: ClassVar[str]
     own_solver: ClassVar[str]
-    grid: ClassVar[str]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -63,10 +61,6 @@ class AcceleratedFlow(Accelerated):
         """A native model of the same sizes."""
 
     @abstractmethod
-    def _ar_steps(self) -> int:
-        """How many there are."""
-
-    @abstractmethod
     def _call(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What of sample_tokens' arguments goes to the native one, by its names; without schedule and solver."""
 
@@ -83,7 +77,7 @@ class AcceleratedFlow(Accelerated):
             schedule = f"linear of {' and '.join(COUNTS)}" if told else self.default_schedule
         if schedule_from != "model":
             schedule = as_schedule(schedule, self.system.lower())
-        resolve_flow(solver or self.own_solver, self.grid)
+        self._native.plan("constant:2", solver or self.own_solver)
         backends.choose(backend, self.head.spec, self.head.dtype, self.head.device, rows=2)
         self.schedule, self.schedule_from = schedule, schedule_from
         self.solver, self.clip, self.backend = solver or self.own_solver, None, backend
@@ -109,14 +103,13 @@ class AcceleratedFlow(Accelerated):
         if self.schedule_from == "model":
             early, late = (bound.arguments[name] for name in COUNTS)
             schedule = Linear(early, late, self.system.lower())
-        steps = plan(self._ar_steps(), schedule, self.system.lower(), self.solver, self.grid, 1.0)
-        self._steps.update(len(step.table) for step in steps)
+        self._steps.update(len(step.table) for step in self._native.plan(schedule, self.solver))
         call = self._call(bound.arguments)
         return self._native.sample_tokens(**call, schedule=schedule, solver=self.solver, backend=self.backend)
 
 
 class AcceleratedFlowAR(AcceleratedFlow):
-    system, default_schedule, own_solver, grid = "FlowAR", "linear:25-15", "euler", "flowar"
+    system, default_schedule, own_solver = "FlowAR", "linear:25-15", "euler"
 
     def _arguments(self) -> tuple[str, ...]:
         return ("guidance", "cfg", "labels")
@@ -128,9 +121,6 @@ class AcceleratedFlowAR(AcceleratedFlow):
             cross=hasattr(model.flownet.res_blocks[0], "crossattn"),
         )  # fmt: skip
 
-    def _ar_steps(self) -> int:
-        return len(self._native.scale)
-
     def _call(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {
             "labels": arguments["labels"],
@@ -141,16 +131,13 @@ class AcceleratedFlowAR(AcceleratedFlow):
 
 
 class AcceleratedXAR(AcceleratedFlow):
-    system, default_schedule, own_solver, grid = "xAR", "linear:50-15", "euler_maruyama", "uniform"
+    system, default_schedule, own_solver = "xAR", "linear:50-15", "euler_maruyama"
 
     def _arguments(self) -> tuple[str, ...]:
         return ("cfg", "label")
 
     def _native_like(self, model: Any) -> XAR:
         return XAR(**_sizes(model), clusters=model.clusters)
-
-    def _ar_steps(self) -> int:
-        return self._native.clusters
 
     def _call(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"labels": arguments["label"], "cfg": arguments["cfg"]}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+SIDE, PADDED_SIDE = 28, 32  # of a picture; of what models draw whose image is a power of two, with a margin
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
@@ -35,7 +36,7 @@ def padded(images: Tensor, side: int) -> Tensor:
     return F.pad(images, [margin] * 4, value=-1.0)
 
 
-def cropped(images: Tensor, side: int = 28) -> Tensor:
-    """The inverse of padded."""
+def cropped(images: Tensor, side: int = SIDE) -> Tensor:
+    """The inverse of padded: of images that a model drew, the pictures, which alone are shown and judged."""
     margin = (images.shape[-1] - side) // 2
     return images[..., margin : margin + side, margin : margin + side]

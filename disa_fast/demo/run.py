@@ -1,4 +1,4 @@
-"""`disa-fast demo`: images of one seed with constant steps and with DiSA, side by side, timed and judged.
+"""`disa-fast demo`: images of one seed with constant steps and with DiSA, side by side, timed and judged, for one of the systems.
 
 Speed-ups are over constant steps in plain PyTorch (backend `reference`); all other rows run on the backend asked for.
 """
@@ -16,46 +16,57 @@ import torch
 
 from .. import backends
 from ..files import written_aside
-from ..generate import Sampling, draw_images, labels_in_turn
-from ..models import MAR
+from ..generate import Model, Sampling, classes_of, draw_images, labels_in_turn
 from ..pictures import columns_of, panel, save_png, side_by_side
 from . import data
 from .quality import Classifier, fid_class, measure
 
 PICTURE_ROWS = 5
-BASELINE_STEPS = 100
+BASELINE_STEPS = {"mar": 100, "flowar": 25, "xar": 50}  # constant ones, as published without DiSA
 
 
 def run_demo(
-    model: MAR, sampling: Sampling, classes: Sequence[int], num_images: int, seed: int, batch: int, out: Path, progress: bool
+    system: str,
+    model: Model,
+    sampling: Sampling,
+    classes: Sequence[int] | None,
+    num_images: int,
+    seed: int,
+    batch: int,
+    out: Path,
+    progress: bool,
 ) -> str:
     """Draw, write demo.png and demo.json into `out`, and return the table as text.
 
-    Raises ValueError for a model that does not draw Fashion-MNIST's 28x28 grey images, or classes that are not its.
+    classes: taken in turn; all if None. Raises ValueError for classes that are none, or a model that does not draw Fashion-MNIST's
+    28x28 grey images, or 32x32 with a margin.
     """
-    if (model.vae_embed_dim, model.seq_h * model.patch_size, model.class_emb.num_embeddings) != (1, 28, len(data.CLASSES)):
-        raise ValueError("checkpoint: the demo needs a model of 28x28 grey images in 10 classes; try disa-fast generate")
-    if not all(0 <= c < len(data.CLASSES) for c in classes):
-        raise ValueError(f"labels: expected classes 0..{len(data.CLASSES) - 1}, got {list(classes)}")
+    side, grey = model.seq_h * model.patch_size, model.vae_embed_dim == 1
+    if not grey or side not in (data.SIDE, data.PADDED_SIDE) or len(classes_of(model)) != len(data.CLASSES):
+        raise ValueError(
+            "checkpoint: the demo needs a model of 28x28 grey images, or 32x32 with a margin, in 10 classes; try disa-fast generate"
+        )
+    classes = classes_of(model, classes)
     fid_class()  # missing, it is missed before the drawing and not after
     classifier = Classifier.load()
     labels = labels_in_turn(classes, num_images)
     columns = columns_of([data.CLASSES[c] for c in classes])
-    constant = dataclasses.replace(sampling, schedule=f"constant:{BASELINE_STEPS}")
-    steps = f"{BASELINE_STEPS} constant steps"
+    constant = dataclasses.replace(sampling, schedule=f"constant:{BASELINE_STEPS[system]}")
+    steps = f"{BASELINE_STEPS[system]} constant steps"
     plain = f"{steps}, plain PyTorch"
     runs = {plain: dataclasses.replace(constant, backend="reference")}
     if sampling.solver == "ddpm":
         runs[f"{steps}, no clip"] = dataclasses.replace(constant, clip=None)
     runs |= {steps: constant, f"DiSA {sampling.schedule}": sampling}
+    evaluations = {name: settings.network_evaluations(model) for name, settings in runs.items()}  # a bad schedule shows here
     draw_images(model, labels[:10], dataclasses.replace(sampling, schedule="constant:2"), seed, batch, progress=False)  # warm up
 
     rows, panels = [], []
     for name, settings in runs.items():
         images, seconds = draw_images(model, labels, settings, seed, batch, progress, name)
+        images = data.cropped(images)
         quality = measure(images, labels, classifier)
-        evaluations = settings.network_evaluations()
-        rows.append({"name": name, "evaluations": evaluations, "seconds": seconds, **dataclasses.asdict(quality)})
+        rows.append({"name": name, "evaluations": evaluations[name], "seconds": seconds, **dataclasses.asdict(quality)})
         if name != plain:  # its pictures are those of the same steps on the other backend
             panels.append(panel(images[: PICTURE_ROWS * len(columns)], columns, name))
     for row in rows:
@@ -63,6 +74,7 @@ def run_demo(
 
     head = model.head
     result = {
+        "system": system,
         "settings": {**vars(sampling), "schedule": str(sampling.schedule), "num_images": num_images, "seed": seed, "batch": batch},
         "backend": backends.choose(sampling.backend, head.spec, head.dtype, head.device, 2 * batch),
         "machine": {"device": _device_name(head.device), "threads": torch.get_num_threads(), "torch": torch.__version__},

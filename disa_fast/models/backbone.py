@@ -16,9 +16,6 @@ class Backbone(nn.Module):
 
     Images are [batch, vae_embed_dim, height, width] latents of img_size / vae_stride on a side (vae_stride = 1 and
     vae_embed_dim = 1: pixels), cut into patch_size x patch_size tokens. The class `class_num` stands for none.
-
-    token_std: None, as published: a token is its patch. Else, for models of pixels, one number for each channel of a token: a token
-    is the patch's cosine transform over these, which makes channels of about unit variance of neighbouring pixels, all alike.
     """
 
     def __init__(
@@ -40,7 +37,6 @@ class Backbone(nn.Module):
         class_num: int,
         attn_dropout: float,
         proj_dropout: float,
-        token_std: Sequence[float] | None,
     ) -> None:
         super().__init__()
         if (encoder_embed_dim, encoder_num_heads) != (decoder_embed_dim, decoder_num_heads):
@@ -60,9 +56,6 @@ class Backbone(nn.Module):
         self.token_embed_dim = vae_embed_dim * patch_size**2
         self.label_drop_prob = label_drop_prob
         self.dropout = attn_dropout, proj_dropout
-        if token_std is not None and len(token_std) != self.token_embed_dim:
-            raise ValueError(f"token_std: expected {self.token_embed_dim} numbers, one a channel, got {len(token_std)}")
-        self.register_buffer("token_std", None if token_std is None else torch.tensor(token_std), persistent=False)
 
         dim = encoder_embed_dim
         self.class_emb = nn.Embedding(class_num + 1, dim)
@@ -88,24 +81,11 @@ class Backbone(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C * patch_size^2, h, w], one token a position; channels ordered (C, row, column)."""
-        tokens = F.pixel_unshuffle(images, self.patch_size)
-        if self.token_std is None:
-            return tokens
-        return torch.einsum("dc,bchw->bdhw", self._cosines(tokens), tokens) / self.token_std[:, None, None]
+        return F.pixel_unshuffle(images, self.patch_size)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """The inverse of patchify."""
-        if self.token_std is not None:
-            tokens = torch.einsum("dc,bdhw->bchw", self._cosines(tokens), tokens * self.token_std[:, None, None])
         return F.pixel_shuffle(tokens, self.patch_size)
-
-    def _cosines(self, like: Tensor) -> Tensor:
-        """The orthonormal cosine transform (DCT-II) of a patch, [token_embed_dim, token_embed_dim]."""
-        n = self.patch_size
-        k = torch.arange(n, dtype=like.dtype, device=like.device)
-        once = torch.cos(torch.pi / n * k[:, None] * (k + 0.5)) * torch.where(k == 0, 1, 2**0.5)[:, None] / n**0.5
-        each = torch.eye(self.vae_embed_dim, dtype=like.dtype, device=like.device)
-        return torch.kron(each, torch.kron(once, once)).to(like.dtype)
 
     def drop_labels(self, labels: Tensor) -> Tensor:
         """In training, no class in place of label_drop_prob of them."""

@@ -23,7 +23,7 @@ from ..solvers import Solver
 from ..training import flow_loss
 from ..transformer import GRID, BackboneWeights, Rotary, grid_rotation, modulations, transform
 from .backbone import Backbone, block_causal_mask
-from .flow_sampling import batch_labels, drawn, is_guided, plan, undisturbed
+from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, plan, undisturbed
 from .sizes import preset
 
 SIZES: dict[str, dict[str, int | bool]] = {
@@ -56,10 +56,6 @@ class FlowAR(Backbone):
     """The model. Arguments carry upstream's names; see Backbone for images and tokens. scale: sides of the token grids that are
     drawn one after the other, the last that of the image."""
 
-    # Deviation of noise on what the next scale sees of the scale before, in training: 0 as published. More of it makes a small
-    # model forgive its own errors.
-    context_noise = 0.0
-
     def __init__(
         self,
         img_size: int = 256,
@@ -82,7 +78,6 @@ class FlowAR(Backbone):
         diffloss_w: int = 1024,
         scale: Sequence[int] = (1, 2, 4, 8, 16),
         cross: bool = False,
-        token_std: Sequence[float] | None = None,
     ) -> None:
         if buffer_size:
             raise ValueError(f"buffer_size: expected 0, with which alone the published sampler works, got {buffer_size}")
@@ -107,7 +102,6 @@ class FlowAR(Backbone):
             class_num=class_num,
             attn_dropout=attn_dropout,
             proj_dropout=proj_dropout,
-            token_std=token_std,
         )
         self.scale = list(scale)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros_like(self.decoder_pos_embed_learned))
@@ -128,8 +122,6 @@ class FlowAR(Backbone):
         nothing = [tokens.new_zeros(len(tokens), 0, self.token_embed_dim)]
         inputs = [as_sequence(enlarged(t, s)) for t, s in zip(targets, self.scale[1:], strict=False)]
         inputs = torch.cat(nothing + inputs, dim=1)
-        if self.training and self.context_noise:
-            inputs = inputs + self.context_noise * torch.randn_like(inputs)
         condition = self.class_emb(self.drop_labels(labels))[:, None]
 
         ops, w = self.training_ops(), BackboneWeights.of(self.named_tensors())
@@ -146,6 +138,10 @@ class FlowAR(Backbone):
             velocity = functools.partial(self.flownet, t=t.flatten(), condition=condition_of_scale)
             loss = loss + flow_loss(velocity, as_sequence(target), t) * (s / self.scale[-1]) ** 2
         return loss
+
+    def plan(self, schedule: Schedule | str, solver: str | Solver, cfg: float = 1.0) -> list[FlowStep]:
+        """What `sample_tokens` does at each scale, with FlowAR's rounding of text schedules and its grid for "euler"."""
+        return plan(len(self.scale), schedule, "flowar", solver, "flowar", cfg)
 
     @torch.no_grad()
     @undisturbed
@@ -179,7 +175,7 @@ class FlowAR(Backbone):
         fit. torch.autocast is not consulted.
         """
         labels, K = batch_labels(self, labels, bsz), len(self.scale)
-        steps = plan(K, schedule, "flowar", solver, "flowar", cfg)
+        steps = self.plan(schedule, solver, cfg)
         guided, batch = is_guided(steps, guidance), len(labels)
         drawn_rows = batch * (1 if cfg == 1.0 else 2)  # upstream doubles the batch then, guided or not
         rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels

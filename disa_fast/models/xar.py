@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from ..solvers import Solver
 from ..training import flow_loss
 from ..transformer import BackboneWeights, Rotary, Rotation, grid_rotation, modulations, transform
 from .backbone import Backbone, block_causal_mask
-from .flow_sampling import batch_labels, drawn, is_guided, plan, undisturbed
+from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, plan, undisturbed
 from .sizes import preset
 
 SIZES: dict[str, dict[str, int]] = {
@@ -85,7 +84,6 @@ class XAR(Backbone):
         attn_dropout: float = 0.0,
         proj_dropout: float = 0.0,
         clusters: int = 4,
-        token_std: Sequence[float] | None = None,
     ) -> None:
         side, on_a_side = img_size // vae_stride // patch_size, math.isqrt(max(0, clusters))
         if clusters < 1 or on_a_side**2 != clusters or side % on_a_side:
@@ -109,7 +107,6 @@ class XAR(Backbone):
             class_num=class_num,
             attn_dropout=attn_dropout,
             proj_dropout=proj_dropout,
-            token_std=token_std,
         )
         self.clusters = clusters
         dim = encoder_embed_dim
@@ -141,6 +138,10 @@ class XAR(Backbone):
             return self.pred(h)
 
         return flow_loss(velocity, target, t.repeat_interleave(per_cell, dim=1)[..., None])
+
+    def plan(self, schedule: Schedule | str, solver: str | Solver, cfg: float = 1.0) -> list[FlowStep]:
+        """What `sample_tokens` does at each cell, with xAR's rounding of text schedules and a uniform grid for "euler"."""
+        return plan(self.clusters, schedule, "xar", solver, "uniform", cfg)
 
     @torch.no_grad()
     @undisturbed
@@ -175,7 +176,7 @@ class XAR(Backbone):
         in a cell between first and last).
         """
         labels, K = batch_labels(self, labels, bsz), self.clusters
-        steps = plan(K, schedule, "xar", solver, "uniform", cfg)
+        steps = self.plan(schedule, solver, cfg)
         guided, batch, dtype = is_guided(steps, guidance), len(labels), self.pred.weight.dtype
         rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels
         context, per_cell, cells = self.head.begin(rows), self.head.tokens_of_a_cell, []
