@@ -10,8 +10,8 @@ from turns import in_turns, ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own
 
-TURNS = {"FlowAR-S": 3, "FlowAR-L": 3, "xAR-B": 3}  # others once: an image of theirs takes minutes
-COMPILED = ("FlowAR-S", "xAR-B")  # likewise
+TURNS = {"FlowAR-S": 3, "FlowAR-L": 2, "xAR-B": 2}  # others once: an image of theirs takes minutes
+ALL_CONTESTANTS = ("FlowAR-S",)  # likewise
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -19,16 +19,14 @@ def test_image(benchmark, name, capsys):
     images = Images(name, torch.device("cpu"), batch=1)
     calls = {
         "eager": images.eager,
-        **({"torch.compile": images.compiled(images.eager)} if name in COMPILED else {}),
-        "reference": images.ours("reference"),
         "hoisted": images.ours("hoisted"),
         "hoisted, bfloat16": images.ours("hoisted", torch.bfloat16),
     }
-    if name not in TURNS:
-        del calls["reference"]
+    if name in ALL_CONTESTANTS:
+        calls |= {"torch.compile": images.compiled(images.eager), "reference": images.ours("reference")}
     expected = calls["eager"]()
-    for contestant, call in calls.items():
-        error = float((call() - expected).norm() / expected.norm())
+    for contestant in calls.keys() - {"eager"}:
+        error = float((calls[contestant]() - expected).norm() / expected.norm())
         assert error < (0.3 if "bfloat16" in contestant else 1e-4), (
             f"check the result before timing it: {contestant}, error {error}"
         )

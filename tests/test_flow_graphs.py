@@ -182,9 +182,7 @@ def test_another_precision_is_another_graph(model, quick):
     assert counted(model, "captures", "hits") == (2, 0)
 
 
-@pytest.mark.parametrize("kind", ["plain", "cross"])
-def test_no_images(kind, quick):
-    model = small_model(kind)
+def test_no_images(model, quick):
     assert run(model, call(model, n=0)).shape == (0, 4, 16)
 
 

@@ -18,6 +18,7 @@ from disa_fast.demo.run import table
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CONTESTANTS = ["torch.compile", "hoisted", "float32", "bfloat16"]  # of bench/bench_cpu.py, in the order of the README's table
+FLOW_CONTESTANTS = ["torch.compile", "reference", "hoisted", "hoisted, bfloat16"]  # of bench/bench_flow.py, likewise
 
 
 def test_importing_does_not_start_cuda():
@@ -69,6 +70,15 @@ def test_numbers_in_the_readme_are_the_committed_results():
         assert f"| {info['rows']} | {over_eager} | {floor} |" in README
     image = next(info["results"] for info in infos if "seconds" in info.get("results", {}).get("eager", {}))
     assert " | ".join(f"{image[name]['over_eager']:.2f}x" for name in CONTESTANTS[1:]) in README
+    for system in ("flowar", "xar"):
+        assert table(json.loads((results / f"demo_{system}.json").read_text())["rows"]) in README
+    flows = [run["extra_info"] for run in json.loads((results / "flow.json").read_text())["benchmarks"]]
+    assert {"FlowAR-L", "xAR-B"} <= {info["model"] for info in flows}
+    for info in flows:
+        shares = ", ".join(f"{100 * share:.0f} %" for share in info["shares"])
+        over_eager = (info["results"].get(name, {}).get("over_eager") for name in FLOW_CONTESTANTS)
+        cells = [info["model"], *("" if ratio is None else f"{ratio:.2f}x" for ratio in over_eager), shares]
+        assert re.sub(" +", " ", f"| {' | '.join(cells)} |") in README
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:bench|csrc|docs|kernels|tests|disa_fast)/[\w./-]+\w", README))))

@@ -56,10 +56,15 @@ def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solv
     return functools.lru_cache(maxsize=256)(build)
 
 
+# One table for all calls, since what is derived from a table is kept by table.
+_flow_euler = functools.lru_cache(maxsize=256)(flow_euler)
+_flow_euler_maruyama = functools.lru_cache(maxsize=256)(flow_euler_maruyama)
+
+
 def resolve_flow(solver: str | Solver, grid: str) -> Solver:
     """steps -> StepTable, cached by step count, for a name of `FLOW_NAMES` or for any callable of the same kind. grid: Euler's, as
     in flow_euler."""
-    by_name: dict[str, Solver] = {"euler": functools.partial(flow_euler, grid=grid), "euler_maruyama": flow_euler_maruyama}
+    by_name: dict[str, Solver] = {"euler": functools.partial(_flow_euler, grid=grid), "euler_maruyama": _flow_euler_maruyama}
     if not callable(solver) and solver not in by_name:
         raise ValueError(f"solver: expected one of {list(FLOW_NAMES)} or a callable steps -> StepTable, got {solver!r}")
-    return functools.lru_cache(maxsize=256)(solver if callable(solver) else by_name[solver])
+    return functools.lru_cache(maxsize=256)(solver) if callable(solver) else by_name[solver]
