@@ -9,10 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from flow_peers import UpstreamFlowAR, UpstreamXAR, flowar_huge, flowar_large, flowar_small, xar_base, xar_huge, xar_large
 from torch import Tensor, nn
 
 from disa_fast.models import XAR, FlowAR, flowar, xar
+
+if __package__:  # of gpu_report; pytest has this folder on its path, and here no package
+    from .flow_peers import UpstreamFlowAR, UpstreamXAR, flowar_huge, flowar_large, flowar_small, xar_base, xar_huge, xar_large
+else:
+    from flow_peers import UpstreamFlowAR, UpstreamXAR, flowar_huge, flowar_large, flowar_small, xar_base, xar_huge, xar_large
 
 Draw = Callable[..., Tensor]
 
@@ -105,6 +109,7 @@ class Images:
                 self.labels, "linear:{}-{}".format(*self.steps), self.setting.cfg, self.setting.guidance, draw=draw, backend=backend
             )
 
+        run.head = model.head  # which knows its graphs
         return run
 
     def shares(self, **how: object) -> list[float]:

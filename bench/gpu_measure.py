@@ -1,5 +1,5 @@
-"""What `make gpu-report` measures: the limits of the machine, then every contestant, in turns, on the published heads; and what
-that says about the targets of the persistent kernel.
+"""What `make gpu-report` measures: the limits of the machine, then every contestant, in turns, on the published heads of MAR and on
+whole images of FlowAR and xAR; and what that says about the targets.
 
 Contestants are the published loop in plain PyTorch, the same compiled, both captured in a CUDA graph, and every backend that can
 serve. Results are checked before they are timed. Caches are as they are in use: a step finds what the step before left in L2.
@@ -37,6 +37,7 @@ from disa_fast.files import written_aside
 from disa_fast.heads.mlp import MLPSpec
 
 from . import probes
+from .flow_images import SETTINGS, Images
 from .peers import captured, published_loop, published_step
 from .shapes import SIZES, Z_CHANNELS, iterations
 
@@ -45,6 +46,11 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROWS = {1: 8, 4: 32, 64: 512, 256: 2048}  # by batch size: guidance, and 256 tokens in 64 iterations, so 4 of an image at a time
 TARGET_SIZES, TARGET_ROWS = ("MAR-L", "MAR-B"), (8, 2, 14)  # of the targets, in the order of interest
 OVER_EAGER, OVER_PEERS, IMAGE_MS = 15, 3, 45  # the targets: speed, and milliseconds for one image of MAR-B on an H200
+FLOW_FIRST = ("xAR-B", "FlowAR-L")  # of whole images, in the order of interest; these are compiled too, one at a time
+FLOW_TARGETS = {1: 3.0, 64: 1.3}  # by images at a time: speed over eager
+FLOW_SECONDS = {1: 20, 64: 90}  # likewise: that should be left when their measuring begins
+FLOW_TOLERANCE = 0.3  # relative L2 error of bfloat16, of an image by a random model
+REPORTED = {("xAR-B", 1): "users report 4.5 s for upstream on an A100"}
 COMPILED = {8: ("default", "max-autotune"), 2048: ("default", "max-autotune")}  # by rows of MAR-L; see compile_modes
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are captured here, around the loop
 CFG = 3.0
@@ -52,7 +58,9 @@ STEPS = 10  # of a call; half of them for many rows
 TURNS = 5  # each contestant is called so often, in turns
 SLACK = 20  # seconds that should be left when something begins
 SANITIZER_SECONDS = 60  # for each of its tools
+COMPILE_SECONDS = 120  # that should be left when the network of a whole image is to be compiled
 OURS = "cuda bfloat16"
+FLOW_OURS = "triton bfloat16"
 
 Call = Callable[[], Tensor]
 
@@ -76,6 +84,7 @@ class Report:
     peaks: dict[str, float] = field(default_factory=dict)
     steps: list[dict] = field(default_factory=list)
     images: list[dict] = field(default_factory=list)
+    flow_images: list[dict] = field(default_factory=list)
     sanitizer: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -90,6 +99,7 @@ class Report:
         else:
             self.skipped += [f"{size}, {rows} rows: no GPU" for size in SIZES for rows in ROWS.values()]
             self.skipped += [f"MAR-L, {batch} images: no GPU" for batch in ROWS]
+            self.skipped += [f"{name}, {batch} images: no GPU" for name in SETTINGS for batch in FLOW_TARGETS]
             for rows in (2, 8):
                 self.shape("MAR-B", rows, compiled=())
         self.write()
@@ -100,7 +110,7 @@ class Report:
             for line in lines:
                 print(f"{title}: {line}")
         if ON_GPU:
-            print_targets(self.name, targets(self.steps, self.images), phases(self.steps, self.peaks))
+            print_targets(self.name, targets(self.steps, self.images, self.flow_images), phases(self.steps, self.peaks))
 
     def on_gpu(self) -> None:
         """The most asked for first, since time may run out; what the profiler says last, since it may slow down what follows."""
@@ -153,7 +163,10 @@ class Report:
 
     def checked(self, what: str, head: MLPHead, rows: int, steps: int, compiled: tuple[str, ...]) -> dict[str, Contestant]:
         """The contestants that run, and whose result is near that of the published loop in exact float32."""
-        contestants, truth = self.contestants(what, head, rows, steps, compiled)
+        return self.right(what, *self.contestants(what, head, rows, steps, compiled))
+
+    def right(self, what: str, contestants: dict[str, Contestant], truth: Tensor) -> dict[str, Contestant]:
+        """Those that run, and whose result is near `truth`."""
         right = {}
         for name, contestant in contestants.items():
             with self.surviving(f"{what}, {name}"):
@@ -252,6 +265,46 @@ class Report:
         self.write()
         forget()
 
+    def flow_image(self, name: str, batch: int) -> None:
+        """Seconds of `batch` whole images by FlowAR or xAR, in DiSA's setting, and what each scale or cell has of them."""
+        what = f"{name}, {batch} images"
+        if self.out_of_time(what, FLOW_SECONDS[batch]):
+            return
+        with self.surviving(what):
+            self.flow_images.append(self.timed_images(what, name, batch))
+            print_flow_image(self.flow_images[-1])
+        self.write()
+        forget()
+
+    def timed_images(self, what: str, name: str, batch: int) -> dict:
+        """An entry of `flow_images`. Its models are gone afterwards."""
+        images = Images(name, DEVICE, batch)
+        checked = self.right(what, *self.drawing(what, images, name, batch))
+        times = in_turns({who: contestant.call for who, contestant in checked.items()}, turns=2 if batch == 1 else 1)
+        results = {}
+        for who, samples in times.items():
+            median = statistics.median(samples)
+            results[who] = {"seconds": median, "images_per_second": batch / median} | ratios(times, who)
+        graphs = checked[FLOW_OURS].call.head.graph_counters() if FLOW_OURS in checked else {}
+        checked.clear()
+        shares: list[float] = []
+        with self.surviving(f"{what}, shares"):
+            shares += images.shares(dtype=torch.bfloat16)
+        entry = {"model": name, "images": batch, "steps": images.steps, "cfg": images.setting.cfg}
+        return entry | {"results": results, "graphs": graphs, "shares": shares}
+
+    def drawing(self, what: str, images: Images, name: str, batch: int) -> tuple[dict[str, Contestant], Tensor]:
+        """What draws these images, in bfloat16, and what upstream's structure draws in float32, whose products may be TF32."""
+        half = torch.bfloat16
+        calls = {"eager bfloat16": images.autocast, "hoisted bfloat16": images.ours("hoisted", half)}
+        if backends.survey(images.native.head.spec, half, DEVICE, batch)["triton"] is None:
+            calls[FLOW_OURS] = images.ours("triton", half)
+            calls[f"{FLOW_OURS}, no graph"] = without_graphs(calls[FLOW_OURS])
+        if batch == 1 and name in FLOW_FIRST and not self.out_of_time(f"{what}, compiled", COMPILE_SECONDS):
+            calls["compile default bfloat16"] = images.compiled(images.autocast)
+        contestants = {who: Contestant(call, half.itemsize, FLOW_TOLERANCE) for who, call in calls.items()}
+        return contestants, in_precision("high", lambda: images.eager)()
+
     def launches(self, size: str, rows: int) -> None:
         """Kernels a step of every contestant, added to what `shape` found."""
         entry = next((e for e in self.steps if (e["size"], e["rows"]) == (size, rows)), None)
@@ -288,8 +341,8 @@ class Report:
 
     # What becomes of it ----------------------------------------------------------------------------------------------
 
-    def out_of_time(self, what: str) -> bool:
-        over = time.monotonic() > self.deadline - SLACK
+    def out_of_time(self, what: str, needed: float = SLACK) -> bool:
+        over = time.monotonic() > self.deadline - needed
         if over:
             self.skipped.append(f"{what}: out of time")
         return over
@@ -321,7 +374,8 @@ class Report:
             "peaks": self.peaks,
             "steps": self.steps,
             "images": self.images,
-            "targets": targets(self.steps, self.images),
+            "flow_images": self.flow_images,
+            "targets": targets(self.steps, self.images, self.flow_images),
             "phases": phases(self.steps, self.peaks),
             "sanitizer": self.sanitizer,
             "skipped": self.skipped,
@@ -335,17 +389,19 @@ class Report:
 
 
 def order() -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
-    """What the targets are about, then the rest: ("shape", size, rows) and ("image", size, images)."""
+    """What the targets are about, then the rest: ("shape", size, rows), ("image", size, images), ("flow_image", model, images)."""
     first_rows, *other_rows = TARGET_ROWS
     first = [
         *(("shape", size, first_rows) for size in TARGET_SIZES),
         ("image", "MAR-B", 1),
+        *(("flow_image", name, batch) for batch in FLOW_TARGETS for name in FLOW_FIRST),
         *(("shape", size, rows) for rows in (*other_rows, ROWS[4]) for size in TARGET_SIZES),
     ]
     then = [
         ("shape", "MAR-L", ROWS[256]),
         *(("image", "MAR-L", batch) for batch in ROWS),
         *(("shape", size, rows) for size in ("MAR-L", "MAR-B", "MAR-H") for rows in ROWS.values()),
+        *(("flow_image", name, batch) for batch in FLOW_TARGETS for name in SETTINGS),
     ]
     return first, [one for one in dict.fromkeys(then) if one not in first]
 
@@ -559,9 +615,9 @@ def forget() -> None:
 # Reporting -----------------------------------------------------------------------------------------------------------
 
 
-def targets(steps: list[dict], images: list[dict]) -> list[dict]:
-    """What was hoped for of the persistent kernel beside what was measured; None where it was not. Its peers are the published loop
-    compiled or captured, whichever is fastest."""
+def targets(steps: list[dict], images: list[dict], flow_images: list[dict]) -> list[dict]:
+    """What was hoped for beside what was measured; None where it was not. First of the persistent kernel, whose peers are the
+    published loop compiled or captured, whichever is fastest; then of whole images."""
     found = []
     for size in reversed(TARGET_SIZES):
         for rows in sorted(TARGET_ROWS):
@@ -577,7 +633,14 @@ def targets(steps: list[dict], images: list[dict]) -> list[dict]:
     one = next((entry["results"] for entry in images if (entry["size"], entry["images"]) == ("MAR-B", 1)), {})
     milliseconds = one[OURS]["seconds"] * 1e3 if OURS in one else None
     what = "MAR-B, 1 image, the head's part of all steps (on an H200)"
-    return [*found, {"what": what, "measured": milliseconds, "target": IMAGE_MS, "unit": " ms"}]
+    found.append({"what": what, "measured": milliseconds, "target": IMAGE_MS, "unit": " ms"})
+    for name in SETTINGS:
+        for batch, target in FLOW_TARGETS.items():
+            of_batch = (entry["results"] for entry in flow_images if (entry["model"], entry["images"]) == (name, batch))
+            speed = next(of_batch, {}).get(FLOW_OURS, {}).get("over_eager")
+            what = f"{name}, {batch} image{'s' * (batch > 1)}, {FLOW_OURS} over eager bfloat16"
+            found.append({"what": what, "measured": speed, "target": target, "unit": "x"})
+    return found
 
 
 def is_met(target: dict) -> bool | None:
@@ -623,6 +686,19 @@ def print_shape(entry: dict) -> None:
             f"{as_ratio(r['over_eager'])} {as_ratio(r['over_compile'])}",
             flush=True,
         )
+
+
+def print_flow_image(entry: dict) -> None:
+    early, late = entry["steps"]
+    print(f"\n{entry['model']}, {entry['images']} whole images, {early} to {late} steps, guidance {entry['cfg']}")
+    print(f"graphs of {FLOW_OURS}: {entry['graphs']}")
+    print(f"{'':36} seconds   images/s  over eager  compile")
+    for name, r in entry["results"].items():
+        rates = f"{r['seconds']:7.3f} {r['images_per_second']:10.2f}"
+        print(f"{name:36} {rates}    {as_ratio(r['over_eager'])} {as_ratio(r['over_compile'])}", flush=True)
+    if (entry["model"], entry["images"]) in REPORTED:
+        print(REPORTED[entry["model"], entry["images"]])
+    print("share of each scale or cell:", ", ".join(f"{share:.0%}" for share in entry["shares"]), flush=True)
 
 
 def as_ratio(value: float | None) -> str:

@@ -170,7 +170,6 @@ def test_a_dtype_has_its_own_graphs_and_all_are_counted(kind, quick):
     assert counted(model, "captures", "hits", "graphs") == (2, 1, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="FlowShape does not hold what torch.set_float32_matmul_precision was at the capture")
 def test_another_precision_is_another_graph(model, quick):
     run(model, call(model))
     before = torch.get_float32_matmul_precision()
@@ -358,7 +357,6 @@ def test_many_threads_share_a_head(model, quick):
     assert counted(model, "captures", "hits") == (2, 18)
 
 
-@pytest.mark.xfail(strict=True, reason="a capture waits for the head's lock holding the graphs', and graph_counters the other way")
 def test_counting_during_a_capture(quick, monkeypatch):
     model, capturing, asking = small_model("plain"), threading.Event(), threading.Event()
     capture = Recorder.__call__

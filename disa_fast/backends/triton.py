@@ -349,6 +349,7 @@ class FlowShape:
     at: int
     guided: tuple[bool, ...]
     noisy: tuple[bool, ...]
+    precision: str
 
     def __str__(self) -> str:
         return f"T={self.steps} images={self.trajectories} tokens={self.tokens} at={self.at} guided={sum(self.guided)}"
@@ -369,7 +370,7 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
     """Matrix products and attention are the library's, what lies between them is in kernels/triton."""
     device, context = call.noise.device, call.needed()
     (n, tokens, _), rows = call.noise.shape, len(next(iter(context.values())))
-    shape = FlowShape(len(call.table), n, tokens, call.at, call.guided, call.noisy())
+    shape = FlowShape(len(call.table), n, tokens, call.at, call.guided, call.noisy(), torch.get_float32_matmul_precision())
     times, steps = head.times(call.dtype, call.table), flow.coefficients(call.table, device)
 
     def layout() -> Layout:

@@ -74,7 +74,8 @@ class Packing:
     def graph_counters(self) -> dict[str, int]:
         """CUDA graphs of this head, as Graphs.counters says, over all dtypes; empty where none could be."""
         with self._lock:
-            held = [packed.graphs.counters() for packed in self._packed.values() if hasattr(packed, "graphs")]
+            graphs = [packed.graphs for packed in self._packed.values() if hasattr(packed, "graphs")]
+        held = [each.counters() for each in graphs]  # without the lock, for which a capture may be waiting
         return {name: sum(counters[name] for counters in held) for name in held[0]} if held else {}
 
 
