@@ -1,5 +1,7 @@
 """`make gpu-report` on a machine without a GPU, and its GPU half with the CPU in place of one."""
 
+import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -13,14 +15,14 @@ import pytest
 import torch
 from host_gpu import ROOT
 
-from disa_fast.backends import cuda, cuda_check
+from disa_fast.backends import cuda, cuda_check, hoisted, triton
 
 MINUTE = 60_000_000_000  # nanoseconds
 
 
 @pytest.fixture
 def measure(monkeypatch):
-    """bench/gpu_measure.py made to believe in a GPU, with small heads and few steps; without kernels/cuda."""
+    """bench/gpu_measure.py made to believe in a GPU, with small models, few images and few steps; without kernels/cuda."""
     monkeypatch.syspath_prepend(str(ROOT))
     measure = importlib.import_module("bench.gpu_measure")
     monkeypatch.setattr(measure, "seconds", on_a_clock)
@@ -30,8 +32,8 @@ def measure(monkeypatch):
         "Z_CHANNELS": 32,
         "COMPILED": {8: ("default", "max-autotune")},
         "order": lambda: (
-            [("shape", "MAR-L", 8), ("shape", "MAR-B", 2), ("image", "MAR-B", 1)],
-            [("image", "MAR-L", 1), ("shape", "MAR-H", 2)],
+            [("shape", "MAR-L", 8), ("shape", "MAR-B", 2), ("image", "MAR-B", 1), ("flow_image", "xAR-B", 1)],
+            [("image", "MAR-L", 1), ("shape", "MAR-H", 2), ("flow_image", "FlowAR-S", 64)],
         ),
         "sanitizer_tool": lambda: None,
         "STEPS": 2,
@@ -43,10 +45,25 @@ def measure(monkeypatch):
         "iterations": lambda: [(1, 2), (2, 1)],
     }.items():
         monkeypatch.setattr(measure, name, value)
+    for name, setting in measure.SETTINGS.items():
+        monkeypatch.setitem(measure.SETTINGS, name, smaller(setting))
+    images = measure.Images
+    monkeypatch.setattr(measure, "Images", lambda name, device, batch: images(name, device, min(batch, 2)))
+    monkeypatch.setattr(triton, "TritonOps", hoisted.HoistedOps)  # whose kernels have tests of their own
     monkeypatch.setattr(measure.probes, "why_not", lambda: "not today")
     monkeypatch.setattr(torch, "compile", lambda f, **how: f)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1 (test)")
     return measure
+
+
+def smaller(setting):
+    """The same kind of model, with few blocks, tokens and steps."""
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in sizes.items()} | {"img_size": 64}
+    if setting.native.__name__ == "flowar":
+        sizes |= {"scale": (1, 2, 4), "diffloss_w": 64, "diffloss_d": 1}
+    upstream, native = (functools.partial(make, **sizes) for make in (setting.upstream, setting.native))
+    return dataclasses.replace(setting, upstream=upstream, native=native, steps=(4, 3))
 
 
 @pytest.fixture
@@ -82,8 +99,8 @@ def test_every_contestant_is_timed_and_written(measure, persistent, tmp_path, ca
     assert report.failures == []
     result = json.loads((tmp_path / "nvidia_x1_test.json").read_text())
     assert set(result) == {
-        "gpu", "date", "commit", "versions", "tests", "peaks", "steps", "images", "targets", "phases", "sanitizer", "skipped",
-        "failures",
+        "gpu", "date", "commit", "versions", "tests", "peaks", "steps", "images", "flow_images", "targets", "phases", "sanitizer",
+        "skipped", "failures",
     }  # fmt: skip
     assert [(entry["size"], entry["rows"]) for entry in result["steps"]] == [("MAR-L", 8), ("MAR-B", 2), ("MAR-H", 2)]
     assert {"HBM GB/s", "launch us", "graph node us", "barrier us", "exchange 8 x 1024 us", "barrier exchange 8 x 1024 us"} <= set(
@@ -101,28 +118,42 @@ def test_every_contestant_is_timed_and_written(measure, persistent, tmp_path, ca
     assert all(r["us_per_step"] > 0 and r["of_HBM"] > 0 and r["launches_per_step"] == 6 for r in first.values())
     assert [(entry["size"], entry["images"]) for entry in result["images"]] == [("MAR-B", 1), ("MAR-L", 1)]
     assert set(result["images"][0]["results"]) >= {"eager bfloat16", "cuda bfloat16", "triton bfloat16", "hoisted bfloat16"}
+    one, several = result["flow_images"]
+    assert (one["model"], one["images"], several["model"], several["images"]) == ("xAR-B", 1, "FlowAR-S", 64)
+    both = {"eager bfloat16", "hoisted bfloat16", "triton bfloat16", "triton bfloat16, no graph"}
+    assert set(one["results"]) == both | {"compile default bfloat16"}
+    assert set(several["results"]) == both
+    assert one["results"]["compile default bfloat16"]["over_compile"] == several["results"]["eager bfloat16"]["over_eager"] == 1
+    assert all(r["images_per_second"] == pytest.approx(64 / r["seconds"]) for r in several["results"].values())
+    assert [len(entry["shares"]) for entry in (one, several)] == [4, 3]
+    assert sum(one["shares"]) == pytest.approx(1)
+    assert one["graphs"]["eager"] > 0
     measured = {target["what"] for target in result["targets"] if target["measured"]}
+    assert "xAR-B, 1 image, triton bfloat16 over eager bfloat16" in measured
+    assert "FlowAR-S, 64 images, triton bfloat16 over eager bfloat16" in measured
     assert "MAR-L, 8 rows, over the best compiled or captured" in measured
     assert "MAR-B, 2 rows, over eager bfloat16" in measured
     assert "MAR-B, 1 image, the head's part of all steps (on an H200)" in measured
-    assert len(measured) == 5
+    assert len(measured) == 7
     assert result["skipped"] == ["compute-sanitizer: is not on this machine"]
     assert (tmp_path / "nvidia_x1_test.png").stat().st_size > 10000
     printed = capsys.readouterr().out
     assert "MAR-H, 2 rows guided" in printed
     assert "8 rows of 1024" in printed
-    assert printed.splitlines()[-1].startswith("MAR-B, 1 image, the head's part")
+    assert "xAR-B, 1 whole image, 4 to 3 steps, guidance 2.7" in printed
+    assert printed.count("users report 4.5 s for upstream on an A100") == 1
+    assert printed.splitlines()[-1].startswith("xAR-H, 64 images, triton bfloat16 over eager bfloat16")
 
 
 def test_stops_in_time_and_says_what_it_left_out(measure, tmp_path):
     report = measure.Report(time.monotonic(), tmp_path, "passed")
     report.run()
     result = json.loads((tmp_path / "nvidia_x1_test.json").read_text())
-    assert result["steps"] == result["images"] == []
-    assert "MAR-L, 8 rows: out of time" in result["skipped"]
-    assert "MAR-L, 1 images: out of time" in result["skipped"]
+    assert result["steps"] == result["images"] == result["flow_images"] == []
+    for what in ("MAR-L, 8 rows", "MAR-L, 1 images", "xAR-B, 1 images", "FlowAR-S, 64 images"):
+        assert f"{what}: out of time" in result["skipped"]
     assert "probes: not today" in result["skipped"]
-    assert len(result["targets"]) == 13
+    assert len(result["targets"]) == 13 + 6 * 2
     assert not any(target["measured"] for target in result["targets"])
 
 
@@ -139,6 +170,37 @@ def test_one_that_fails_or_is_wrong_is_named_and_the_others_go_on(measure, tmp_p
     assert "MAR-B, 2 rows, eager bfloat16, graph: RuntimeError: no graphs today" in report.failures
     assert any("hoisted bfloat16: ArithmeticError: relative error 2" in failure for failure in report.failures)
     assert set(report.steps[0]["results"]) == {"eager float32 TF32", "eager bfloat16"}
+
+
+def test_whole_images_that_fail_or_are_wrong_are_named_and_the_others_go_on(measure, tmp_path, monkeypatch):
+    images = importlib.import_module("bench.flow_images").Images
+
+    def ours(self, backend="auto", dtype=torch.float32, draw=None, right=images.ours):
+        if backend == "triton":
+            raise torch.OutOfMemoryError("no memory left")
+        run = right(self, backend, dtype, draw)
+        return lambda: (3 if backend == "hoisted" else 1) * run()
+
+    monkeypatch.setattr(images, "ours", ours)
+    monkeypatch.setattr(images, "compiled", lambda self, call: lambda: 1 / 0)
+    monkeypatch.setattr(triton, "refuses", lambda *call: None)
+    report = measure.Report(time.monotonic() + 1000, tmp_path, "passed")
+    report.flow_image("xAR-B", 1)
+    assert set(report.flow_images[0]["results"]) == {"eager bfloat16"}
+    assert report.flow_images[0]["graphs"] == {}
+    for who in ("", ", no graph"):
+        assert f"xAR-B, 1 images, triton bfloat16{who}: OutOfMemoryError: no memory left" in report.failures
+    assert "xAR-B, 1 images, compile default bfloat16: ZeroDivisionError: division by zero" in report.failures
+    assert any("xAR-B, 1 images, hoisted bfloat16: ArithmeticError: relative error 2" in failure for failure in report.failures)
+    target = next(t for t in measure.targets([], [], report.flow_images) if t["what"].startswith("xAR-B, 1 image,"))
+    assert target["measured"] is None
+    monkeypatch.setattr(images, "eager", lambda self: 1 / 0)
+    report.flow_image("FlowAR-L", 1)
+    assert len(report.flow_images) == 1
+    assert report.failures[-1] == "FlowAR-L, 1 images: ZeroDivisionError: division by zero"
+    report.deadline = time.monotonic() + measure.COMPILE_SECONDS
+    report.flow_image("xAR-B", 1)
+    assert report.skipped == ["xAR-B, 1 images, compiled: out of time"]
 
 
 def test_a_limit_that_cannot_be_measured_stops_nothing(measure, persistent, tmp_path, monkeypatch):
@@ -160,7 +222,9 @@ def test_the_order(measure, monkeypatch):
     assert first[:3] == [("shape", "MAR-L", 8), ("shape", "MAR-B", 8), ("image", "MAR-B", 1)]
     shapes = {(size, rows) for kind, size, rows in first if kind == "shape"}
     assert shapes == {(size, rows) for size in ("MAR-B", "MAR-L") for rows in (2, 8, 14, 32)}
-    assert len(set(first + then)) == len(first + then) == 9 + 1 + 4 + 2 + 2 + 3
+    assert first[3:7] == [("flow_image", name, batch) for batch in (1, 64) for name in ("xAR-B", "FlowAR-L")]
+    assert [one[0] for one in then[-8:]] == ["flow_image"] * 8
+    assert len(set(first + then)) == len(first + then) == 9 + 1 + 4 + 2 + 2 + 3 + 6 * 2
     assert measure.compile_modes("MAR-B", 14) == measure.compile_modes("MAR-L", 14) == ("default",)
     assert measure.compile_modes("MAR-H", 32) == ()
 
@@ -177,14 +241,17 @@ def test_targets_and_phases(measure, monkeypatch, capsys):
     results = {name: {"us_per_step": value} for name, value in us.items()}
     steps = [{"size": "MAR-B", "rows": 8, "results": results}, {"size": "MAR-L", "rows": 2, "results": {}}]
     images = [{"size": "MAR-B", "images": 1, "results": {"cuda bfloat16": {"seconds": 0.04}}}]
-    found = measure.targets(steps, images)
+    whole = [{"model": "xAR-B", "images": 64, "results": {"triton bfloat16": {"over_eager": 1.2}}}]
+    found = measure.targets(steps, images, whole)
     measured = {target["what"]: target["measured"] for target in found if target["measured"]}
     assert measured == {
         "MAR-B, 8 rows, over eager bfloat16": 20,
         "MAR-B, 8 rows, over the best compiled or captured": 2.6,
         "MAR-B, 1 image, the head's part of all steps (on an H200)": 40,
+        "xAR-B, 64 images, triton bfloat16 over eager bfloat16": 1.2,
     }
-    assert [measure.is_met(target) for target in found if target["measured"]] == [True, False, True]
+    assert [measure.is_met(target) for target in found if target["measured"]] == [True, False, True, False]
+    assert [target["target"] for target in found[-4:]] == [3.0, 1.3, 3.0, 1.3]
     costs = measure.phases(steps, {"exchange 8 x 1024 us": 2.0})
     assert costs == [{"size": "MAR-B", "us_per_step": 50.0, "exchanges": 13, "exchange_us": 2.0}]
     measure.print_targets("NVIDIA X1", found, costs)
@@ -273,4 +340,5 @@ def test_on_a_machine_without_a_gpu():
     assert done.returncode == 0, done.stderr
     assert "no GPU: its tests are skipped, and so is every row of this report that is about one" in done.stdout
     assert "skipped: MAR-L, 2048 rows: no GPU" in done.stdout
+    assert "skipped: xAR-B, 64 images: no GPU" in done.stdout
     assert "MAR-B, 8 rows guided" in done.stdout
