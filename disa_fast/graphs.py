@@ -210,6 +210,8 @@ class Graphs:
             if isinstance(error, torch.OutOfMemoryError):
                 self._cache.clear()
                 self._arena = None
+                if isinstance(self._capture_loop, _CudaCapture):
+                    self._capture_loop.pool = None  # PyTorch forgets one without graphs, and then refuses it
             warnings.warn(f"disa_fast: this call runs without a CUDA graph ({key}), since capturing failed: {error}", stacklevel=2)
             return None
         entry = Captured(replay, buffers, arena, own_bytes)
@@ -241,11 +243,11 @@ class _CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self.pool: tuple[int, int] | None = None
 
     def __call__(self, loop: Callable[[], None]) -> tuple[Replay, int]:
         self._stream = self._stream or torch.cuda.Stream(self.device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         caller = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         graph = torch.cuda.CUDAGraph()
@@ -256,7 +258,7 @@ class _CudaCapture:
                 free = torch.cuda.mem_get_info(self.device)[0]
                 with _without_collections():
                     with _default_generator_set_aside():
-                        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                     try:
                         loop()
                     finally:

@@ -2,6 +2,7 @@
 such thing. Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be known before they are imported."""
 
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -40,6 +41,28 @@ def nvtx(monkeypatch) -> FakeNvtx:
     fake = FakeNvtx()
     monkeypatch.setattr(profiling, "_nvtx", fake)
     return fake
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Products of small models gain nothing by a second thread, and lose much where another program has the core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rows_seen(monkeypatch) -> list[int]:
+    """How many rows a transformer block of `hoisted` was given, an entry for each block and evaluation."""
+    seen, qkv = [], backends.hoisted.HoistedOps.qkv
+
+    def counted(self, m, *rest):
+        seen.append(len(m))
+        return qkv(self, m, *rest)
+
+    monkeypatch.setattr(backends.hoisted.HoistedOps, "qkv", counted)
+    return seen
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -85,3 +85,19 @@ def in_dtype(settings: dict, dtype: torch.dtype) -> dict:
 def counted(model: Model, *names: str) -> tuple[int, ...]:
     counters = model.head.graph_counters()
     return tuple(counters[name] for name in names)
+
+
+def replaying(draws):
+    """(draw, those left): a `draw` that hands out these and no others, each asked for with its shape and dtype."""
+    remaining = iter(draws)
+
+    def draw(shape, dtype):
+        drawn = next(remaining)
+        assert (tuple(shape), dtype) == (tuple(drawn.shape), drawn.dtype)
+        return drawn
+
+    return draw, remaining
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

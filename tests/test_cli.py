@@ -16,20 +16,13 @@ from disa_fast.demo.run import BASELINE_STEPS
 from disa_fast.files import written_aside
 from disa_fast.generate import SYSTEMS, MARSampling, classes_of, draw_images, load_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = ["--quiet", "--num-iter", "2", "--schedule", "linear:3-2"]
 QUICK_OF = {"mar": QUICK, **{system: ["--quiet", "--system", system, "--schedule", "linear:3-2"] for system in ("flowar", "xar")}}
 NAMES = ["4 constant steps, plain PyTorch", "4 constant steps, no clip", "4 constant steps", "DiSA linear:3-2"]
 
 every_system = pytest.mark.parametrize("system", SYSTEMS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing by a second thread, and lose much where another program has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_shipped_model_draws_recognisable_clothes():

@@ -14,18 +14,9 @@ from disa_fast import explain, graphs, models, solvers
 from disa_fast.backends import hoisted, triton
 from disa_fast.graphs import Graphs
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("one_thread")]
 
 OWN_BYTES = 1000  # of a recorded graph
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small gain nothing by a second thread, and lose much where another program has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Recorder:

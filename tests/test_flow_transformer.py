@@ -18,19 +18,12 @@ from disa_fast.heads.flow_transformer import FlowTransformerNet, FlowTransformer
 from disa_fast.solvers import StepTable
 from disa_fast.transformer import Rotary
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKENDS = ["reference", "hoisted"]
 DTYPES = [torch.float32, torch.float64]
 SOLVERS = {"euler": solvers.flow_euler, "euler_maruyama": solvers.flow_euler_maruyama}
 Z_CHANNELS = 24
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As recorded. Products this small also gain nothing by a second thread, and lose much where another program has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_head(cross=True, width=128, depth=2, seed=0, dtype=torch.float32):

@@ -7,14 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_as_good_as, assert_close
+from flow_calls import replaying, seeded
 from recorded import golden, golden_cases, golden_json
 
 import disa_fast
 from disa_fast import FlowTransformerHead, models, solvers
-from disa_fast.backends import hoisted
 from disa_fast.checkpoint import load_checkpoint, read_config, save_checkpoint
 from disa_fast.models.flowar import enlarged
 from disa_fast.transformer import PLAIN, BackboneWeights, grid_rotation, modulations, transform
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKENDS = ["reference", "hoisted"]
 DTYPES = [torch.float32, torch.float64]
@@ -33,15 +35,6 @@ SMALL = {
     "cross": True,
 }
 LABELS = torch.tensor([1, 7])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As recorded. Products this small also gain nothing by a second thread, and lose much where another program has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_flowar(dtype=torch.float32, **options):
@@ -65,19 +58,6 @@ def exact():
 
 
 @pytest.fixture
-def rows_seen(monkeypatch):
-    """How many rows a block of `hoisted` was given, an entry for each block and evaluation, backbone and head."""
-    seen, qkv = [], hoisted.HoistedOps.qkv
-
-    def counted(self, m, *rest):
-        seen.append(len(m))
-        return qkv(self, m, *rest)
-
-    monkeypatch.setattr(hoisted.HoistedOps, "qkv", counted)
-    return seen
-
-
-@pytest.fixture
 def head_calls(monkeypatch):
     """(z, table, cfg, result) of every scale."""
     calls, denoise = [], FlowTransformerHead.denoise
@@ -89,22 +69,6 @@ def head_calls(monkeypatch):
 
     monkeypatch.setattr(FlowTransformerHead, "denoise", noted)
     return calls
-
-
-def replaying(draws):
-    """A `draw` that hands out these and no others, each asked for with its shape and dtype."""
-    remaining = iter(draws)
-
-    def draw(shape, dtype):
-        drawn = next(remaining)
-        assert (tuple(shape), dtype) == (tuple(drawn.shape), drawn.dtype)
-        return drawn
-
-    return draw, remaining
-
-
-def seeded(seed=3):
-    return torch.Generator().manual_seed(seed)
 
 
 # The recorded cases ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from disa_fast.demo.data import cropped
 from disa_fast.generate import SYSTEMS, MARSampling, classes_of, draw_images, load_model
 from disa_fast.pictures import to_pixels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKBONE = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in (("embed_dim", 32), ("num_heads", 2))}
 BACKBONE |= {"img_size": 64, "encoder_depth": 1, "decoder_depth": 1, "class_num": 10}
 SMALL = {
@@ -27,15 +29,6 @@ QUICK = {"mar": ["--num-iter", "2"], "flowar": [], "xar": []}
 
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 flow_systems = pytest.mark.parametrize("system", ["flowar", "xar"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing by a second thread, and lose much where another program has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(system, **options):

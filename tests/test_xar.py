@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_as_good_as, assert_close
+from flow_calls import replaying, seeded
 from recorded import golden, golden_cases, golden_json
 
 import disa_fast
@@ -19,6 +20,8 @@ from disa_fast.heads.mlp import embed_time
 from disa_fast.models.xar import clusterify, unclusterify
 from disa_fast.solvers import StepTable
 from disa_fast.transformer import PLAIN, BackboneWeights, modulations, transform
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKENDS = ["reference", "hoisted"]
 DTYPES = [torch.float32, torch.float64]
@@ -35,15 +38,6 @@ SMALL = {
 }
 LABELS = torch.tensor([1, 7])
 IMAGES = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(4))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As recorded. Products this small also gain nothing by a second thread, and lose much where another program has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_xar(dtype=torch.float32, **options):
@@ -64,35 +58,6 @@ def model():
 @pytest.fixture(scope="module")
 def exact():
     return small_xar(torch.float64)
-
-
-@pytest.fixture
-def rows_seen(monkeypatch):
-    """How many rows a block of `hoisted` was given, an entry for each block and evaluation."""
-    seen, qkv = [], hoisted.HoistedOps.qkv
-
-    def counted(self, m, *rest):
-        seen.append(len(m))
-        return qkv(self, m, *rest)
-
-    monkeypatch.setattr(hoisted.HoistedOps, "qkv", counted)
-    return seen
-
-
-def replaying(draws):
-    """A `draw` that hands out these and no others, each asked for with its shape and dtype."""
-    remaining = iter(draws)
-
-    def draw(shape, dtype):
-        drawn = next(remaining)
-        assert (tuple(shape), dtype) == (tuple(drawn.shape), drawn.dtype)
-        return drawn
-
-    return draw, remaining
-
-
-def seeded(seed=3):
-    return torch.Generator().manual_seed(seed)
 
 
 def velocity_at(t):

@@ -399,7 +399,8 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
         b["x"].copy_(x)
 
     with graphs.on_device(device):
-        captured = head.packed("triton flow", call.dtype, FlowGraphs).graphs
+        # In the parameters' own dtype, since they are not read: a cast would be a copy.
+        captured = head.packed(f"triton flow in {call.dtype}", head.dtype, FlowGraphs).graphs
         out = captured.run(shape, rows * tokens, layout, fill, loop, lambda buffers: buffers["x"].clone())
         if out is None:
             velocity = head.hoisted(TritonOps(call.dtype), times, shape.guided, context, shape.at, MODULATION_BYTES)

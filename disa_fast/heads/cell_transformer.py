@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, graphs
 from ..solvers import StepTable
 from ..transformer import PLAIN, BackboneWeights, Cache, Layer, Modulation, Plain, Rotation, modulations, transform
 from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
@@ -115,7 +115,8 @@ class CellTransformerHead(FlowHead):
         y = (context["condition"] + w.embed_time(torch.zeros(1, device=tokens.device)))[:, None]
         x = ops.linear(tokens.to(self.dtype), w.backbone.input)
         rotation = w.rotation(at, tokens.shape[1])
-        transform(ops, w.backbone, x, modulations(ops, w.backbone, y), rotation, caches_of(context), at)
+        with graphs.on_device(self.device):
+            transform(ops, w.backbone, x, modulations(ops, w.backbone, y), rotation, caches_of(context), at)
 
     @torch.no_grad()
     def denoise(
