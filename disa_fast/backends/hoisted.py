@@ -144,7 +144,11 @@ def transformer_ops(dtype: torch.dtype) -> Plain:
 
 
 def integrate(head: FlowHead, call: FlowCall) -> Tensor:
-    times = head.times(call.dtype, call.table)
-    velocity = head.hoisted(HoistedOps(call.dtype), times, call.guided, call.needed(), call.at, MODULATION_BYTES)
+    return integrate_by(transformer_ops(call.dtype), MODULATION_BYTES, head, call)
+
+
+def integrate_by(ops: Plain, budget: int, head: FlowHead, call: FlowCall) -> Tensor:
+    """The hoisted loop with the parts of blocks computed by `ops`. budget: bytes of modulation at a time."""
+    velocity = head.hoisted(ops, head.times(call.dtype, call.table), call.guided, call.needed(), call.at, budget)
     steps = flow.coefficients(call.table, call.noise.device)
     return flow.integrate(velocity, steps, call.guided, call.noisy(), call.cfg, call.temperature, call.noise, call.step_noise)

@@ -22,6 +22,7 @@ from ..heads.packing import settle
 from ..kernels.triton import tiles
 from ..kernels.triton.tiles import Tile, Tiles
 from ..solvers import StepTable
+from .hoisted import integrate_by
 from .triton_ops import TritonOps
 
 try:
@@ -402,9 +403,4 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
         # In the parameters' own dtype, since they are not read: a cast would be a copy.
         captured = head.packed(f"triton flow in {call.dtype}", head.dtype, FlowGraphs).graphs
         out = captured.run(shape, rows * tokens, layout, fill, loop, lambda buffers: buffers["x"].clone())
-        if out is None:
-            velocity = head.hoisted(TritonOps(call.dtype), times, shape.guided, context, shape.at, MODULATION_BYTES)
-            out = flow.integrate(
-                velocity, steps, shape.guided, shape.noisy, call.cfg, call.temperature, call.noise, call.step_noise
-            )
-        return out
+        return integrate_by(TritonOps(call.dtype), MODULATION_BYTES, head, call) if out is None else out
