@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from disa_fast import Linear
-from disa_fast.models.mar import still_masked_after
+from disa_fast.models.masked_sampling import still_masked_after
 
 SIZES = {"MAR-B": (1024, 6), "MAR-L": (1280, 8), "MAR-H": (1536, 12)}  # width, depth
 Z_CHANNELS = 1024

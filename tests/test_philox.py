@@ -13,7 +13,7 @@ from upstream_like import small_mar
 
 from disa_fast import MLPHead, Philox, solvers
 from disa_fast.heads.mlp import MLPSpec
-from disa_fast.models.mar import still_masked_after
+from disa_fast.models.masked_sampling import random_orders, still_masked_after
 from disa_fast.philox import box_muller, philox4x32
 
 PLAIN = ["reference", "hoisted"]
@@ -388,7 +388,7 @@ def test_images_of_a_generator():
     run = {"schedule": "linear:4-2", "num_iter": 5, "cfg": 2.0}
     first = model.sample_tokens(labels, generator=torch.Generator().manual_seed(5), rng="philox", **run)
     generator = torch.Generator().manual_seed(5)
-    orders = model.random_orders(2, generator)
+    orders = random_orders(2, 16, generator, torch.device("cpu"))
     philox = Philox.drawn(generator)
     assert torch.equal(first, model.sample_tokens(labels, orders=orders, rng=philox, **run))
     assert torch.equal(first, model.sample_tokens(labels, generator=torch.Generator().manual_seed(5), rng=philox, **run))

@@ -1,7 +1,8 @@
-"""Train what the demo ships: `python -m disa_fast.demo.train mar`, and likewise flowar, xar and classifier.
+"""Train what the demo ships: `python -m disa_fast.demo.train mar`, and likewise flowar, xar, harmon and classifier.
 
 All are small enough for two CPU cores. The models work on pixels, 4x4 patches of Fashion-MNIST images being tokens of 16 channels,
-the token size of the published models: 49 of them for MAR, 64 for FlowAR and xAR, whose images get a margin to be 32x32.
+the token size of the published models: 49 of them for MAR and Harmon, 64 for FlowAR and xAR, whose images get a margin to be
+32x32. Harmon learns from captions, and starts from the shipped MAR, as the published one started from MAR's weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,8 +23,11 @@ from tqdm import tqdm
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..files import written_aside
-from ..models import MAR, flowar, mar, xar
+from ..generate import DEMO_WEIGHTS
+from ..models import MAR, Harmon, flowar, harmon, mar, xar
+from ..models.prompts import encode_prompts
 from . import data
+from .captions import NOUNS, SHADES, VOCABULARY, every_prompt, make_tokenizer, shades
 from .quality import Classifier
 
 MAR_CONFIG = {
@@ -57,8 +62,23 @@ FLOWAR_CONFIG = {
     "cross": True,
 }
 XAR_CONFIG = {**_PADDED, **_SMALL, "encoder_depth": 3, "decoder_depth": 3, "clusters": 4}
-MODELS = {"mar": (mar, MAR_CONFIG), "flowar": (flowar, FLOWAR_CONFIG), "xar": (xar, XAR_CONFIG)}
-STEPS = {"mar": 7000, "flowar": 3500, "xar": 4500, "classifier": 3000}
+HARMON_CONFIG = {
+    **MAR_CONFIG,
+    "vae_scale": 1.0,
+    "llm": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+    },
+}
+MODELS = {"mar": (mar, MAR_CONFIG), "flowar": (flowar, FLOWAR_CONFIG), "xar": (xar, XAR_CONFIG), "harmon": (harmon, HARMON_CONFIG)}
+STEPS = {"mar": 7000, "flowar": 3500, "xar": 4500, "harmon": 4000, "classifier": 3000}
+PROMPT_DROP = 0.1  # captions replaced by the generic prompt, to learn what guidance leads away from
 EMA = 0.999
 LOG_EVERY = 50
 SAVE_EVERY = 500
@@ -67,9 +87,14 @@ SAVE_EVERY = 500
 def train_model(args: argparse.Namespace) -> None:
     images, labels = data.fashion_mnist("train", args.data)
     make, config = MODELS[args.what]
-    images, labels = data.padded(images, config["img_size"]).to(args.device), labels.to(args.device)
     torch.manual_seed(args.seed)
     model = make(**config).to(args.device)
+    if args.what == "harmon":
+        load_checkpoint(model.mar, DEMO_WEIGHTS / "mar_fashion_mnist.safetensors")
+        conditions = _captions(images, labels, args.out.with_suffix(".tokenizer.json"))
+    else:
+        conditions = lambda batch: (labels[batch],)  # noqa: E731
+    images = data.padded(images, config["img_size"])
     if args.resume:
         load_checkpoint(model, args.resume)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.02)
@@ -82,7 +107,7 @@ def train_model(args: argparse.Namespace) -> None:
     device_type = torch.device(args.device).type
     # On a CPU the fused attention's backward is slower than the plain one at MAR's 57 tokens in bfloat16 (bench/NOTES.md).
     attention = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if device_type == "cpu" and args.what == "mar":
+    if device_type == "cpu" and args.what in ("mar", "harmon"):
         attention = [SDPBackend.MATH]
     curve, losses, started = [], [], time.perf_counter()
     order, position = torch.randperm(len(images)), 0
@@ -90,10 +115,11 @@ def train_model(args: argparse.Namespace) -> None:
     for step in tqdm(range(1, args.steps + 1), desc=f"training {args.what}", mininterval=5):
         if position + args.batch > len(order):
             order, position = torch.randperm(len(images)), 0
-        batch = order[position : position + args.batch].to(args.device)
+        batch = order[position : position + args.batch]
+        inputs = [tensor.to(args.device) for tensor in (images[batch], *conditions(batch))]
         position += args.batch
         with torch.autocast(device_type, torch.bfloat16, enabled=args.bf16), sdpa_kernel(attention):
-            loss = model(images[batch], labels[batch])
+            loss = model(*inputs)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         optimizer.step()
@@ -108,6 +134,26 @@ def train_model(args: argparse.Namespace) -> None:
             losses.clear()
         if step % SAVE_EVERY == 0 or last:
             _save(args, model, _unbiased(ema, first), curve)
+
+
+def _captions(images: Tensor, labels: Tensor, path: Path) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What gives captions of pictures by their numbers, as (input_ids, attention_mask); their tokenizer is written to `path`."""
+    texts = every_prompt()
+    tokenizer = make_tokenizer(texts)
+    with written_aside(path) as aside:
+        tokenizer.save(str(aside))
+    input_ids, mask = encode_prompts(tokenizer, texts)
+    generic, frames = len(texts) - 1, len(texts) // (len(NOUNS) * len(SHADES))
+    first = (labels * len(SHADES) + shades(images, labels)) * frames
+    plain = labels * len(SHADES) * frames
+
+    def conditions(batch: Tensor) -> tuple[Tensor, Tensor]:
+        named = torch.where(torch.rand(len(batch)) < 0.5, first[batch], plain[batch])  # half of them say how light it is
+        chosen = named + torch.randint(frames, (len(batch),))
+        chosen[torch.rand(len(batch)) < PROMPT_DROP] = generic
+        return input_ids[chosen], mask[chosen]
+
+    return conditions
 
 
 def _unbiased(ema: AveragedModel, first: list[Tensor]) -> list[Tensor]:
@@ -193,6 +239,8 @@ def _warm_up_then_cosine(step: int, steps: int, warm_up: int = 200) -> float:
 
 def _compile(model: nn.Module) -> None:
     """All of it; of a MAR, which changes shape with every batch's mask ratio, what repeats."""
+    if isinstance(model, Harmon):
+        model = model.mar
     if isinstance(model, MAR):
         for part in (*model.encoder_blocks, *model.decoder_blocks, model.diffloss.net):
             part.compile(dynamic=True)

@@ -12,15 +12,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .. import profiling
-from ..checks import check_labels, is_whole
-from ..heads.mlp import Draw, MLPHead, MLPNet, MLPSpec, draw_noise
-from ..philox import Philox, check_rng
-from ..schedule import Schedule, as_schedule, steps_at
-from ..solvers import DEFAULT_CLIP, Solver, resolve
+from ..checks import check_labels
+from ..heads.mlp import Draw, MLPHead, MLPNet, MLPSpec
+from ..philox import Philox
+from ..schedule import Schedule
+from ..solvers import DEFAULT_CLIP, Solver
 from ..training import diffusion_loss
+from .masked_sampling import masked_by, random_orders, sample_masked
 from .sizes import preset
 
 LN_EPS = 1e-6
@@ -32,11 +31,6 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"embed_dim": 1024, "depth": 16, "num_heads": 16, "diffloss_d": 8, "diffloss_w": 1280},
     "huge": {"embed_dim": 1280, "depth": 20, "num_heads": 16, "diffloss_d": 12, "diffloss_w": 1536},
 }
-
-
-def still_masked_after(k: int, num_iter: int, tokens: int, masked: int) -> int:
-    """What iteration k leaves of `masked` tokens: the cosine schedule of MaskGIT. One fewer at least, and one until the last."""
-    return max(1, min(masked - 1, math.floor(tokens * math.cos(math.pi / 2 * (k + 1) / num_iter))))
 
 
 def mar(size: str | None = None, **kwargs) -> MAR:
@@ -176,43 +170,46 @@ class MAR(nn.Module):
         x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def unpatchify(self, tokens: Tensor) -> Tensor:
-        """The inverse of patchify."""
+    def unpatchify(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The inverse of patchify. grid: rows and columns of tokens, if not those of the model's own images."""
         p = self.patch_size
-        x = tokens.reshape(-1, self.seq_h, self.seq_w, self.vae_embed_dim, p, p)
+        x = tokens.reshape(-1, *(grid or (self.seq_h, self.seq_w)), self.vae_embed_dim, p, p)
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     # Backbone --------------------------------------------------------------------------------------------------------
 
-    def encode(self, tokens: Tensor, masked: Tensor, class_embedding: Tensor) -> Tensor:
+    def positions(self, learned: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """[1, buffer tokens if any + tokens, dim]: position embeddings for another grid, interpolated bilinearly."""
+        if grid in (None, (self.seq_h, self.seq_w)):
+            return learned
+        buffer, image = learned.split([learned.shape[1] - self.seq_len, self.seq_len], dim=1)
+        image = image.transpose(1, 2).unflatten(2, (self.seq_h, self.seq_w))
+        return torch.cat([buffer, F.interpolate(image, grid, mode="bilinear").flatten(2).transpose(1, 2)], dim=1)
+
+    def encode(self, tokens: Tensor, masked: Tensor, class_embedding: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Known tokens and the class -> [B, buffer_size + known, dim].
 
-        tokens: [B, seq_len, token_embed_dim]; masked: [B, seq_len] bool, equally many in each row; class_embedding: [B, dim].
+        tokens: [B, seq_len, token_embed_dim]; masked: [B, seq_len] bool, equally many in each row; class_embedding: [B, dim];
+        grid: rows and columns of tokens, if not those of the model's own images.
         """
         x = self.z_proj(tokens)
         x = torch.cat([class_embedding[:, None].to(x.dtype).expand(-1, self.buffer_size, -1), x], dim=1)
-        x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
+        x = self.z_proj_ln(x + self.positions(self.encoder_pos_embed_learned, grid))
         x = x[~F.pad(masked, (self.buffer_size, 0))].reshape(len(x), -1, x.shape[-1])
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
 
-    def decode(self, x: Tensor, masked: Tensor) -> Tensor:
+    def decode(self, x: Tensor, masked: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Encoder output -> the head's condition for every token, [B, seq_len, decoder_embed_dim]."""
         x = self.decoder_embed(x)
         known = ~F.pad(masked, (self.buffer_size, 0))
         full = self.mask_token.to(x.dtype).expand(len(x), known.shape[1], -1).clone()
         full[known] = x.flatten(0, 1)
-        x = full + self.decoder_pos_embed_learned
+        x = full + self.positions(self.decoder_pos_embed_learned, grid)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
-
-    def random_orders(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """[batch, seq_len] int64: a random generation order for each image."""
-        device = None if generator is None else generator.device
-        order = torch.rand(batch, self.seq_len, generator=generator, device=device).argsort(dim=1)
-        return order.to(self.fake_latent.device)
+        return self.decoder_norm(x)[:, self.buffer_size :] + self.positions(self.diffusion_pos_embed_learned, grid)
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -225,27 +222,29 @@ class MAR(nn.Module):
         """
         tokens = self.patchify(images)
         batch, device = len(tokens), tokens.device
-        masked = self._masked(self.random_orders(batch), math.ceil(self.seq_len * self._mask_ratio()))
+        masked = self.random_mask(batch)
 
         class_embedding = self.class_emb(labels)
         if self.training:
             drop = torch.rand(batch, 1, device=device) < self.label_drop_prob
             class_embedding = torch.where(drop, self.fake_latent, class_embedding)
-        z = self.decode(self.encode(tokens, masked, class_embedding), masked)[masked]
+        return self.loss(tokens, self.decode(self.encode(tokens, masked, class_embedding), masked), masked)
+
+    def loss(self, tokens: Tensor, z: Tensor, masked: Tensor) -> Tensor:
+        """The head's diffusion loss on the masked tokens, each diffusion_batch_mul times; a scalar."""
         repeats = (self.diffusion_batch_mul, 1)
-        return diffusion_loss(self.diffloss.net, tokens[masked].repeat(repeats), z.repeat(repeats))
+        return diffusion_loss(self.diffloss.net, tokens[masked].repeat(repeats), z[masked].repeat(repeats))
+
+    def random_mask(self, batch: int) -> Tensor:
+        """[batch, seq_len] bool: which tokens to learn from, equally many of each image. One draw of the mask ratio."""
+        orders = random_orders(batch, self.seq_len, None, self.fake_latent.device)
+        return masked_by(orders, math.ceil(self.seq_len * self._mask_ratio()))
 
     def _mask_ratio(self) -> float:
         """1 - |N(0, 0.25)| conditioned on being at least mask_ratio_min, by inverting the normal's distribution function."""
         normal = torch.distributions.Normal(0.0, 1.0)
         low = normal.cdf(torch.tensor((self.mask_ratio_min - 1) / MASK_RATIO_STD))
         return float(1 + MASK_RATIO_STD * normal.icdf(low + (0.5 - low) * torch.rand(())))
-
-    @staticmethod
-    def _masked(orders: Tensor, count: int) -> Tensor:
-        """[B, seq_len] bool: the first `count` tokens of each order."""
-        masked = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device)
-        return masked.scatter_(1, orders[:, :count], True)
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
@@ -285,66 +284,23 @@ class MAR(nn.Module):
         Returns [B, vae_embed_dim, H, W] latents. Raises ValueError for arguments that do not fit, among them more
         iterations than tokens.
         """
-        schedule, table_for = as_schedule(schedule), resolve(solver, clip)
-        if cfg_schedule not in ("linear", "constant"):
-            raise ValueError(f"cfg_schedule: expected 'linear' or 'constant', got {cfg_schedule!r}")
-        if not is_whole(num_iter) or not 1 <= num_iter <= self.seq_len:
-            raise ValueError(f"num_iter: expected 1 to {self.seq_len} iterations (one token each at least), got {num_iter!r}")
-        check_rng(rng)
-        if draw is not None and rng != "torch":
-            raise ValueError(f"draw: expected None beside rng = {rng!r}, got {draw!r}")
-        batch = self._batch_size(labels, orders, bsz)
-        if orders is None:
-            orders = self.random_orders(batch, generator)
-        philox = Philox.drawn(generator) if rng == "philox" else rng if isinstance(rng, Philox) else None
-        if philox is not None:
-            images = philox.streams_of(batch, orders.device)
-            streams = images[:, None] * self.seq_len + torch.arange(self.seq_len, device=orders.device)
-        guided = cfg != 1.0
+        batch, guided = self._batch_size(labels, orders, bsz), cfg != 1.0
         class_embedding = self.fake_latent.expand(batch, -1) if labels is None else self.class_emb(labels)
         if guided:
             class_embedding = torch.cat([class_embedding, self.fake_latent.expand(batch, -1)])
-
-        tokens = self.fake_latent.new_zeros(batch, self.seq_len, self.token_embed_dim)
-        masked, count = self._masked(orders, self.seq_len), self.seq_len
-        doubled = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
-        for k in tqdm(range(num_iter), desc="AR iterations", disable=not progress):
-            left = still_masked_after(k, num_iter, self.seq_len, count)
-            last, table = k == num_iter - 1, table_for(steps_at(schedule, k, num_iter))
-            rows = len(class_embedding) * (count if last else count - left)
-            with profiling.range(profiling.AR_STEP, k, num_iter, len(table), rows):
-                z = self.decode(self.encode(doubled(tokens), doubled(masked), class_embedding), doubled(masked))
-                still_masked = self._masked(orders, left)
-                chosen = masked if last else masked & ~still_masked
-                scale = 1 + (cfg - 1) * (self.seq_len - left) / self.seq_len if cfg_schedule == "linear" else cfg
-
-                z = z[doubled(chosen)]
-                noise = step_noise = None
-                if draw is not None:
-                    state_dtype = torch.promote_types(tokens.dtype, torch.float32)
-                    drawn = draw_noise(table, len(z), self.token_embed_dim, guided, draw, draw, state_dtype)
-                    noise, step_noise = (None if tensor is None else tensor.to(z.device) for tensor in drawn)
-                source = {"generator": generator} if philox is None else {"rng": Philox(philox.seed, streams[chosen])}
-                drawn = self.head.denoise(
-                    z, table, scale, temperature, noise=noise, step_noise=step_noise, backend=backend, **source
-                )
-                tokens[chosen] = (drawn.chunk(2)[0] if guided else drawn).to(tokens.dtype)
-                masked, count = still_masked, left
+        tokens = sample_masked(
+            lambda known, masked: self.decode(self.encode(known, masked, class_embedding), masked),
+            self.head, batch, self.seq_len, self.token_embed_dim,
+            schedule, num_iter, cfg, cfg_schedule, temperature, generator, orders, draw, progress, backend, solver, clip, rng,
+        )  # fmt: skip
         return self.unpatchify(tokens)
 
     def _batch_size(self, labels: Tensor | None, orders: Tensor | None, bsz: int | None) -> int:
         classes, device = self.class_emb.num_embeddings, self.fake_latent.device
-        if isinstance(orders, Tensor) and orders.device != device:
-            raise ValueError(f"orders: expected it on {device}, where the model is, got {orders.device}")
         if labels is not None:
             check_labels(labels, classes, device)
         sizes = {"labels": labels, "orders": orders}
         given = {name: len(value) for name, value in sizes.items() if value is not None} | ({"bsz": bsz} if bsz else {})
         if len(set(given.values())) != 1:
             raise ValueError(f"labels, orders, bsz: expected one batch size, got {given or 'none of them'}")
-        batch = next(iter(given.values()))
-        if orders is not None:
-            every = torch.arange(self.seq_len, device=device).expand(batch, -1)
-            if tuple(orders.shape) != (batch, self.seq_len) or not torch.equal(orders.sort(dim=1).values, every):
-                raise ValueError(f"orders: expected [{batch}, {self.seq_len}], each row a permutation of the tokens")
-        return batch
+        return next(iter(given.values()))

@@ -28,6 +28,7 @@ CASES = {
     "mar_e2e": ["linear_cfg3.0", "nolabels_cfg1.0"],
     "flowar_e2e": ["cross_25to15_cfg2.4", "cross_17to9_cfg1.0"],
     "xar": ["em_7to4_cfg2.3_gh0.6", "euler_9to5_cfg2.7_gh0.7_gl0.2"],
+    "harmon_e2e": ["f32_cfg3_linear", "f32_cfg1_5x3", "bf16_cfg3_linear"],
 }
 FLOW_STEPS = [2, 3, 15, 25, 50]
 EVALS = {"mar_head": ["r6_int", "r6_frac"]}
