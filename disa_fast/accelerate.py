@@ -24,13 +24,13 @@ def accelerate(
 ) -> Accelerated:
     """Make `model` draw its tokens with disa_fast, `schedule` deciding the denoising steps of each autoregressive step.
 
-    model: a MAR, FlowAR or xAR of the original or of the DiSA repository, or any object of that structure. Its parameters are
-        shared, and its methods keep their signatures.
+    model: a MAR, Harmon, FlowAR or xAR of the original or of the DiSA repository, or any object of that structure. Its parameters
+        are shared, and its methods keep their signatures.
     schedule: T(k). None: the object's own annealing settings where it has them, which with FlowAR and xAR are arguments of each
         call, otherwise "linear:50-5", for FlowAR "linear:25-15" and for xAR "linear:50-15". "constant:25" with clip=None is
-        what an unannealed MAR does by itself.
+        what a MAR or Harmon that was built for 25 unannealed steps does by itself.
     solver: None: the object's own; see disa_fast.solvers.resolve, for FlowAR and xAR disa_fast.solvers.resolve_flow.
-    clip: of MAR's solvers, see disa_fast.solvers.resolve; otherwise 950.
+    clip: of MAR's and Harmon's solvers, see disa_fast.solvers.resolve; otherwise 950.
     backend: see MLPHead.denoise and FlowTransformerHead.denoise.
 
     With step counts and solver unchanged, one seed gives the same tokens before and after, up to rounding (upstream's

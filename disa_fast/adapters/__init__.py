@@ -8,9 +8,14 @@ from ..errors import UnsupportedError
 from ..heads.packing import Packing
 from .accelerated import Accelerated
 from .flow import AcceleratedFlowAR, AcceleratedXAR
-from .mar import AcceleratedMAR
+from .mar import AcceleratedHarmon, AcceleratedMAR
 
-ADAPTERS: dict[str, type[Accelerated]] = {"flownet": AcceleratedFlowAR, "clusters": AcceleratedXAR, "diffloss": AcceleratedMAR}
+ADAPTERS: dict[str, type[Accelerated]] = {
+    "flownet": AcceleratedFlowAR,
+    "clusters": AcceleratedXAR,
+    "diffloss": AcceleratedMAR,
+    "mar": AcceleratedHarmon,
+}
 
 
 def adapter_of(model: nn.Module) -> type[Accelerated]:
@@ -23,6 +28,6 @@ def adapter_of(model: nn.Module) -> type[Accelerated]:
         if hasattr(model, attribute):
             return adapter
     raise UnsupportedError(
-        "model: expected a MAR-shaped object, with diffloss.net and diffloss.sample, a FlowAR-shaped one, with flownet, or an "
-        f"xAR-shaped one, with clusters; {type(model).__name__} has none of them"
+        "model: expected a MAR-shaped object, with diffloss.net and diffloss.sample, a Harmon-shaped one, with these in its mar, a "
+        f"FlowAR-shaped one, with flownet, or an xAR-shaped one, with clusters; {type(model).__name__} has none of them"
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -73,3 +76,10 @@ class Accelerated(ABC):
             "network_evaluations": sum(steps * calls for steps, calls in self._steps.items()),
             "calls_by_evaluations": dict(sorted(self._steps.items(), reverse=True)),
         }
+
+
+def with_signature(method: Callable, signature: inspect.Signature) -> Callable:
+    """`method` as a callable that says it has this signature, and like the method can be copied and pickled."""
+    callable_: Any = functools.partial(method)
+    callable_.__signature__ = signature
+    return callable_

@@ -6,7 +6,6 @@ Written against FlowAR_DiSA and xAR_DiSA (DiSA repository at 283fa59) and xAR (O
 
 from __future__ import annotations
 
-import functools
 import inspect
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from ..models.flowar import FlowAR
 from ..models.xar import XAR
 from ..schedule import Linear, Schedule, as_schedule
 from ..solvers import DEFAULT_CLIP, Solver
-from .accelerated import Accelerated
+from .accelerated import Accelerated, with_signature
 
 COUNTS = ("flow_upper_steps", "flow_lower_steps")  # arguments by which DiSA's objects are told how to anneal
 
@@ -70,7 +69,7 @@ class AcceleratedFlow(Accelerated):
 
     def configure(self, schedule: Schedule | str | None, solver: str | Solver | None, clip: int | str | None, backend: str) -> None:
         if clip != DEFAULT_CLIP:
-            raise ValueError(f"clip: only MAR's solvers take one, got clip = {clip!r} for a {self.system}")
+            raise ValueError(f"clip: only MAR's and Harmon's solvers take one, got clip = {clip!r} for a {self.system}")
         told = set(COUNTS) <= self._signature.parameters.keys()
         schedule_from = "argument" if schedule is not None else "model" if told else "default"
         if schedule is None:
@@ -83,9 +82,7 @@ class AcceleratedFlow(Accelerated):
         self.solver, self.clip, self.backend = solver or self.own_solver, None, backend
 
     def _shadow_all(self) -> None:
-        shadow: Any = functools.partial(self._sample)
-        shadow.__signature__ = self._signature
-        self._shadow(self._model, "sample_tokens", shadow)
+        self._shadow(self._model, "sample_tokens", with_signature(self._sample, self._signature))
 
     def _share(self) -> None:
         """Give the native model the object's tensors of now."""

@@ -1,15 +1,17 @@
-"""MAR-shaped objects: those whose `diffloss` has a `net` with MAR's parameter names and a `sample` method.
+"""MAR- and Harmon-shaped objects: those whose `diffloss`, which a Harmon has in its `mar`, has a `net` with MAR's parameter names
+and a `sample` method.
 
-Written against MAR (LTH14/mar at fe470ac) and MAR_DiSA (DiSA repository at 283fa59). Shadowed are `diffloss.sample` and, where that
-is not told the autoregressive step, `sample_tokens`.
+Written against MAR (LTH14/mar at fe470ac), Harmon (wusize/Harmon at 4eb6087), and MAR_DiSA and Harmon_DiSA (DiSA repository at
+283fa59). Shadowed are `diffloss.sample` and, where that is not told the autoregressive step, the method that calls it in a loop.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,39 +23,43 @@ from ..schedule import Constant, Cosine, Linear, Schedule, TwoStage, as_schedule
 from ..solvers import DEFAULT_CLIP, DEFAULT_CLIPS, Solver, resolve
 from ..solvers.ddim import ddim_timesteps
 from ..solvers.diffusion import BASE_STEPS, respace
-from .accelerated import Accelerated
+from .accelerated import Accelerated, with_signature
 
 DEFAULT_SCHEDULE = "linear:50-5"
 _SOLVER_OF_SAMPLER = {"DiSA": "ddpm", "DDIM": "ddim", "DPM_Solver": "dpm_solver", "DPM_Solver++": "dpm_solver++"}
 
 
 class AcceleratedMAR(Accelerated):
+    system: ClassVar[str] = "MAR"
+    diffloss_at: ClassVar[str] = "diffloss"
+    loop_name: ClassVar[str] = "sample_tokens"
     head: MLPHead
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        diffloss: Any = getattr(model, "diffloss", None)
+        at, loop_name = self.diffloss_at, self.loop_name
+        diffloss: Any = functools.reduce(lambda owner, name: getattr(owner, name, None), at.split("."), model)
         if not isinstance(getattr(diffloss, "net", None), nn.Module) or not callable(getattr(diffloss, "sample", None)):
             raise UnsupportedError(
-                f"model: expected a MAR-shaped object, with diffloss.net and diffloss.sample; {type(model).__name__} has not"
+                f"model: expected a {self.system}-shaped object, with {at}.net and {at}.sample; {type(model).__name__} has not"
             )
         accepted = inspect.signature(diffloss.sample).parameters
         if not {"z", "temperature", "cfg"} <= accepted.keys():
             raise UnsupportedError(
-                f"model: expected diffloss.sample(z, temperature, cfg[, step, ar_num_iter]), got parameters {list(accepted)}"
+                f"model: expected {at}.sample(z, temperature, cfg[, step, ar_num_iter]), got parameters {list(accepted)}"
             )
         self._told_the_step = {"step", "ar_num_iter"} <= accepted.keys()
         if not self._told_the_step:
-            loop = getattr(model, "sample_tokens", None)
+            loop = getattr(model, loop_name, None)
             if not callable(loop) or "num_iter" not in inspect.signature(loop).parameters:
                 raise UnsupportedError(
-                    "model: diffloss.sample is not told the autoregressive step, and there is no sample_tokens(..., num_iter, ...) "
+                    f"model: {at}.sample is not told the autoregressive step, and there is no {loop_name}(..., num_iter, ...) "
                     f"on {type(model).__name__} to count it in"
                 )
         try:
             self.head = MLPHead.from_module(diffloss.net)
         except ValueError as error:
-            raise UnsupportedError(f"model: diffloss.net is not a MAR diffusion head: {error}") from error
+            raise UnsupportedError(f"model: {at}.net is not a MAR diffusion head: {error}") from error
         self._diffloss = diffloss
         self._original_loop: Any = None
         self._loop = threading.local()
@@ -74,8 +80,9 @@ class AcceleratedMAR(Accelerated):
         if self._told_the_step:
             self._shadow(self._diffloss, "sample", self._sample_told)
         else:
-            self._original_loop = self._model.sample_tokens
-            self._shadow(self._model, "sample_tokens", self._counted_loop)
+            self._original_loop = getattr(self._model, self.loop_name)
+            loop = with_signature(self._counted_loop, inspect.signature(self._original_loop))
+            self._shadow(self._model, self.loop_name, loop)
             self._shadow(self._diffloss, "sample", self._sample_counted)
 
     def __getstate__(self) -> dict:
@@ -97,7 +104,7 @@ class AcceleratedMAR(Accelerated):
             return self.head.denoise(z, table, cfg=cfg, temperature=temperature, backend=self.backend)
 
     def _sample_counted(self, z: Tensor, temperature: float = 1.0, cfg: float | Tensor = 1.0) -> Tensor:
-        if not hasattr(self._loop, "at"):  # called on its own, outside sample_tokens: as a first step
+        if not hasattr(self._loop, "at"):  # called on its own, outside the loop: as a first step
             return self._sample_told(z, temperature, cfg, 0, 1)
         k, K = self._loop.at
         self._loop.at = (k + 1, K)
@@ -111,6 +118,10 @@ class AcceleratedMAR(Accelerated):
             return self._original_loop(*args, **kwargs)
         finally:
             del self._loop.at
+
+
+class AcceleratedHarmon(AcceleratedMAR):
+    system, diffloss_at, loop_name = "Harmon", "mar.diffloss", "sample"
 
 
 def _own_settings(diffloss: nn.Module) -> tuple[Schedule, str, int | str | None] | None:
