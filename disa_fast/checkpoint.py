@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import pickle
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .checks import check_shapes
 from .files import written_aside
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ABSURD = 10  # times the parameters that a file holds: more than the model that it describes can have
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a .pth/.pt file read with weights_only=True.
 
-    A published training checkpoint holds {"model": ..., "model_ema": ..., ...}: `ema` picks "model_ema" where there is one,
-    else "model". Raises FileNotFoundError, or ValueError for a file that is not such a checkpoint.
+    They are views of the mapped file, read where they are used; but those of a .pth from before PyTorch 1.6 are read at once. A
+    published training checkpoint holds {"model": ..., "model_ema": ..., ...}: `ema` picks "model_ema" where there is one, else
+    "model". Raises FileNotFoundError, or ValueError for a file that is not such a checkpoint.
     """
-    path = _existing(path)
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # Upstream stores its command line beside the weights; a Namespace is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:  # each reader has its own ways to fail on a truncated or foreign file
-        raise ValueError(f"{path}: cannot be read as a checkpoint: {type(error).__name__}: {_first_line(error)}") from error
+    content = _content(path)
     if isinstance(content, Mapping):
         for key in ("model_ema", "model") if ema else ("model",):
             if isinstance(content.get(key), Mapping):
@@ -38,22 +45,23 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
                 break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path}: expected a state dict, or a checkpoint with 'model' or 'model_ema', got {_summary(content)}")
+    for name, tensor in content.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: expected tensors by name, got one by {name!r}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(f"{path}: {name}: expected a dense tensor with data, got another kind")
     return dict(content)
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = True) -> None:
-    """Load a file's weights into `model`. ValueError names what is missing, unexpected or misshapen; then nothing has changed."""
-    state = read_state_dict(path, ema)
-    own, given = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (model.state_dict(), state))
-    check_shapes(own, given, str(path))
-    model.load_state_dict(state)
+def shapes_of(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of what `read_state_dict` gives, as tensors on meta; no data are read. Raises as it does."""
+    return {name: tensor.detach().to("meta") for name, tensor in read_state_dict(path, ema).items()}
 
 
-def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], model: str, config: Mapping[str, object]) -> None:
-    """Weights as safetensors, with the model's name and constructor arguments in the metadata (see `read_config`)."""
-    metadata = {"model": model, "config": json.dumps(dict(config))}
-    with written_aside(Path(path)) as aside:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside, metadata)
+def has_ema(path: str | Path) -> bool:
+    """Whether a file is a training checkpoint with averaged weights. Raises as `read_state_dict` does for an unreadable one."""
+    content = _content(path)
+    return isinstance(content, Mapping) and isinstance(content.get("model_ema"), Mapping)
 
 
 def read_config(path: str | Path) -> tuple[str, dict] | None:
@@ -68,7 +76,29 @@ def read_config(path: str | Path) -> tuple[str, dict] | None:
         raise ValueError(f"{path}: cannot be read as a checkpoint: {_first_line(error)}") from error
     if "model" not in metadata or "config" not in metadata:
         return None
-    return metadata["model"], json.loads(metadata["config"])
+    try:
+        config = json.loads(metadata["config"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its constructor arguments cannot be read: {_first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected constructor arguments by name, got {config!r}")
+    return metadata["model"], config
+
+
+def _content(path: str | Path) -> object:
+    """What a file holds, tensors mapped where they can be."""
+    path = _existing(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # Upstream stores its command line beside the weights; a Namespace is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:  # of torch, whose advice goes before the cause, that a file holds more than data
+        cause = _first_line(error.__context__ or error).partition(". ")[0]
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {cause}") from error
+    except Exception as error:  # each reader has its own ways to fail on a truncated or foreign file
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _existing(path: str | Path) -> Path:
@@ -79,11 +109,18 @@ def _existing(path: str | Path) -> Path:
 
 
 def _is_zip(path: Path) -> bool:
+    """Whether a file is an archive. ValueError for one with compressed parts: mapped, those would be taken for tensors."""
     with path.open("rb") as file:
-        return file.read(2) == b"PK"
+        if file.read(2) != b"PK":
+            return False
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{part.filename} is compressed, which torch.save does not do")
+    return True
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
@@ -91,3 +128,97 @@ def _summary(content: object) -> str:
     if isinstance(content, Mapping):
         return f"keys {list(content)[:5]}"
     return type(content).__name__
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = True) -> None:
+    """Load a file's weights into `model`; names that begin with one of its `unused_keys`, if it has such, are left out.
+
+    ValueError names what is missing, unexpected, misshapen or of another kind; then nothing has changed.
+    """
+    state = used(model, read_state_dict(path, ema))
+    _check(model, state, path)
+    model.load_state_dict(state)
+
+
+def build(make: Callable[[], Model], path: str | Path, ema: bool = True, dtype: torch.dtype = torch.float32) -> Model:
+    """make() with a file's weights, bit for bit what make(), load_checkpoint() and .to(dtype) give, on the CPU.
+
+    The model is made on meta, and the file is compared with it before anything is allocated. Each tensor is then copied once, into
+    memory of its own, so there is one model in memory, which needs the file no longer. Constants that no checkpoint holds have to
+    be real even where `make` runs on meta. Raises as `load_checkpoint` does, and ValueError for a model that cannot be made.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating point dtype, got {dtype}")
+    state = read_state_dict(path, ema)
+    model = on_meta(make, path, state)
+    state = used(model, state)
+    _check(model, state, path)
+    for name, own in model.state_dict().items():
+        copy = torch.empty(own.shape, dtype=own.dtype, device="cpu").copy_(state[name].detach())
+        state[name] = copy.to(dtype) if own.is_floating_point() else copy
+    model.load_state_dict(state, assign=True)
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise ValueError(f"make: expected constants that no checkpoint holds to be real, got meta tensors {', '.join(empty)}")
+    return model.to(dtype)
+
+
+def used(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the names that begin with one of the model's `unused_keys`."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(getattr(model, "unused_keys", ()))}
+
+
+def on_meta(make: Callable[[], Model], path: str | Path, state: Mapping[str, Tensor]) -> Model:
+    """make() on meta, for a file that holds `state`. ValueError where it fails, and where the file says how its model is built (see
+    `read_config`) and says so of one that is far larger than what it holds."""
+    try:
+        with torch.device("meta"), nullcontext() if read_config(path) is None else _limited(path, state):
+            return make()
+    except (ValueError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # whatever a constructor makes of arguments that come from a file
+        raise ValueError(f"{path}: its model cannot be made: {type(error).__name__}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _limited(path: str | Path, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stops a module from being made, by a ValueError, as soon as it has ABSURD times the parameters of `state` or their size: a
+    few bytes can describe a model of a billion blocks, which even on meta take up memory."""
+    most, largest = ABSURD * len(state), ABSURD * sum(tensor.numel() for tensor in state.values())
+    here, count, size = threading.get_ident(), 0, 0
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count, size
+        if parameter is not None and threading.get_ident() == here:
+            count, size = count + 1, size + parameter.numel()
+            if count > most or size > largest:
+                raise ValueError(f"{path}: describes a model of more than {ABSURD} times the {len(state)} tensors that it holds")
+
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _check(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """ValueError where `state` is not what the model's parameters and buffers can be loaded from."""
+    own = model.state_dict()
+    check_shapes(*({name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, state)), str(path))
+    for name, tensor in own.items():
+        expected = FLOATS if tensor.is_floating_point() else (tensor.dtype,)
+        if state[name].dtype not in expected:
+            raise ValueError(f"{path}: {name}: expected {' or '.join(map(str, expected))}, got {state[name].dtype}")
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], model: str, config: Mapping[str, object]) -> None:
+    """Weights as safetensors, with the model's name and constructor arguments in the metadata (see `read_config`)."""
+    metadata = {"model": model, "config": json.dumps(dict(config))}
+    with written_aside(Path(path)) as aside:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, aside, metadata)

@@ -1,10 +1,8 @@
-import argparse
 import dataclasses
 import math
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from compare import assert_close
 from recorded import BACKENDS_AND_DTYPES, golden, golden_cases
@@ -12,7 +10,6 @@ from upstream_like import PlainDiffusion, small_mar
 
 import disa_fast
 from disa_fast import Linear, models, solvers
-from disa_fast.checkpoint import load_checkpoint, read_config, read_state_dict, save_checkpoint
 from disa_fast.models.mar import SIZES
 from disa_fast.solvers.diffusion import respace, respaced_betas
 from disa_fast.training import diffusion_loss
@@ -190,7 +187,7 @@ def test_bad_arguments(model, arguments, message):
         model.sample_tokens(**{"labels": LABELS, "schedule": "constant:2", "num_iter": 4, **arguments})
 
 
-# Checkpoints ----------------------------------------------------------------------------------------------------------
+# Sizes ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "millions"), [("base", 208), ("large", 479), ("huge", 943)])
@@ -208,105 +205,6 @@ def test_keyword_arguments_win_over_the_size():
         assert models.mar("base", diffloss_d=2, class_num=10).head.spec.depth == 2
     with pytest.raises(ValueError, match=r"size: expected one of \['base', 'large', 'huge'\], got 'tiny'"):
         models.mar("tiny")
-
-
-@pytest.mark.parametrize("ema", [True, False])
-def test_published_training_checkpoint(tmp_path, ema):
-    """{"model", "model_ema", ..., "args": Namespace}, as upstream's training writes it."""
-    source, averaged = small_mar(1), small_mar(2)
-    path = tmp_path / "checkpoint-last.pth"
-    torch.save(
-        {
-            "model": source.state_dict(),
-            "model_ema": averaged.state_dict(),
-            "epoch": 3,
-            "args": argparse.Namespace(model="mar_base"),
-        },
-        path,
-    )
-    target = small_mar(3)
-    load_checkpoint(target, path, ema=ema)
-    expected = averaged if ema else source
-    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), expected.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_bare_state_dict(tmp_path, suffix):
-    source, path = small_mar(1), tmp_path / f"weights{suffix}"
-    (torch.save if suffix == ".pth" else safetensors.torch.save_file)(source.state_dict(), path)
-    target = small_mar(2)
-    load_checkpoint(target, path)
-    assert torch.equal(target.class_emb.weight, source.class_emb.weight)
-    assert read_config(path) is None
-
-
-def test_own_checkpoints_say_how_they_are_built(tmp_path):
-    path = tmp_path / "own.safetensors"
-    save_checkpoint(path, small_mar().state_dict(), "mar", {"img_size": 64})
-    assert read_config(path) == ("mar", {"img_size": 64})
-    assert [p.name for p in tmp_path.iterdir()] == ["own.safetensors"]
-
-
-def damaged_files():
-    state = small_mar().state_dict()
-
-    def missing(path):
-        torch.save({name: t for name, t in state.items() if name != "mask_token"}, path)
-
-    def extra(path):
-        torch.save({**state, "more": torch.zeros(1)}, path)
-
-    def misshapen(path):
-        torch.save({**state, "fake_latent": torch.zeros(1, 31)}, path)
-
-    def truncated(path):
-        torch.save(state, path)
-        path.write_bytes(path.read_bytes()[:5000])
-
-    def truncated_safetensors(path):
-        safetensors.torch.save_file(state, path)
-        path.write_bytes(path.read_bytes()[:5000])
-
-    def not_a_checkpoint(path):
-        path.write_text("hello")
-
-    def empty(path):
-        path.write_bytes(b"")
-
-    def a_list(path):
-        torch.save([torch.zeros(1)], path)
-
-    def code(path):
-        torch.save({"model": state, "hook": print}, path)
-
-    return [
-        (missing, ".pth", r"keys do not match: missing 1 \(mask_token\)"),
-        (extra, ".pth", r"keys do not match: unexpected 1 \(more\)"),
-        (misshapen, ".pth", r"fake_latent: expected shape \[1, 32\], got \[1, 31\]"),
-        (truncated, ".pth", "cannot be read as a checkpoint"),
-        (truncated_safetensors, ".safetensors", "cannot be read as a checkpoint"),
-        (not_a_checkpoint, ".pth", "cannot be read as a checkpoint"),
-        (not_a_checkpoint, ".safetensors", "cannot be read as a checkpoint"),
-        (empty, ".pth", "cannot be read as a checkpoint"),
-        (a_list, ".pth", "expected a state dict, or a checkpoint with 'model' or 'model_ema', got list"),
-        (code, ".pth", "cannot be read as a checkpoint"),
-    ]
-
-
-@pytest.mark.parametrize(("damage", "suffix", "message"), damaged_files(), ids=lambda x: getattr(x, "__name__", ""))
-def test_damaged_checkpoints_change_nothing(tmp_path, damage, suffix, message):
-    path = tmp_path / f"damaged{suffix}"
-    damage(path)
-    target = small_mar(2)
-    before = {name: t.clone() for name, t in target.state_dict().items()}
-    with pytest.raises(ValueError, match=message):
-        load_checkpoint(target, path)
-    assert all(torch.equal(t, before[name]) for name, t in target.state_dict().items())
-
-
-def test_no_such_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        read_state_dict(tmp_path / "none.pth")
 
 
 # Training -------------------------------------------------------------------------------------------------------------
