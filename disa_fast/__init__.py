@@ -1,6 +1,6 @@
 """disa_fast: autoregressive image models with diffusion heads, made fast. See README.md."""
 
-from . import checkpoint, models, profiling, solvers
+from . import checkpoint, models, profiling, solvers, vae
 from .accelerate import accelerate, restore
 from .errors import UnsupportedError
 from .explain import explain
@@ -26,4 +26,5 @@ __all__ = [
     "profiling",
     "restore",
     "solvers",
+    "vae",
 ]

@@ -1,133 +1,44 @@
-"""Images from a model of one of the systems: load a checkpoint, sample in batches, write PNGs."""
+"""Images into a folder: resumable, shared out over processes, each with a random stream of its own.
+
+What is random about image i follows from the seed and i alone, so neither batch size nor number of processes plays a part. Files
+are written aside and renamed: what is there is whole, and is not drawn again.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import solvers
-from .checkpoint import load_checkpoint, read_config
 from .files import written_aside
-from .models import MAR, XAR, FlowAR, flowar, mar, xar
-from .models.flowar import SIZES as FLOWAR_SIZES
-from .models.mar import SIZES as MAR_SIZES
-from .models.xar import SIZES as XAR_SIZES
+from .models import MAR, Harmon
+from .philox import Philox
 from .pictures import save_png, to_pixels
-from .schedule import Schedule, as_schedule, steps_at
-from .solvers import DEFAULT_CLIP, Solver
+from .systems import Model, Sampling, image_part
 
-DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
-
-
-@dataclass(frozen=True)
-class MARSampling:
-    """Everything but labels and seed that decides what `MAR.sample_tokens` draws; see there."""
-
-    schedule: Schedule | str = "linear:50-5"
-    solver: str | Solver = "ddpm"
-    clip: int | str | None = DEFAULT_CLIP
-    num_iter: int = 64
-    cfg: float = 3.0
-    cfg_schedule: str = "linear"
-    temperature: float = 1.0
-    backend: str = "auto"
-
-    def network_evaluations(self, model: MAR) -> int:
-        """Evaluations of the head for one image: the sum over k of what T(k) leaves after clipping."""
-        schedule, table_for = as_schedule(self.schedule), solvers.resolve(self.solver, self.clip)
-        return sum(len(table_for(steps_at(schedule, k, self.num_iter))) for k in range(self.num_iter))
+RECORD = "run.json"
+_ORDER_STEP = 2**32 - 1  # of Philox: beyond all steps of a trajectory
 
 
 @dataclass(frozen=True)
-class FlowSampling:
-    """Everything but labels and seed that decides what `FlowAR.sample_tokens` or `XAR.sample_tokens` draws; see there."""
+class Kind:
+    """Of images: what the model is given, what to call it, and the class that they ought to show, if known."""
 
-    schedule: Schedule | str
-    solver: str | Solver
-    cfg: float
-    guidance: tuple[float, float]
-    temperature: float = 1.0
-    backend: str = "auto"
-
-    def network_evaluations(self, model: FlowAR | XAR) -> int:
-        """Evaluations of the velocity for one image: the sum over scales or cells of what the solver's grid makes of T(k)."""
-        return sum(len(step.table) for step in model.plan(self.schedule, self.solver))
-
-
-Model = MAR | FlowAR | XAR
-Sampling = MARSampling | FlowSampling
-
-
-@dataclass(frozen=True)
-class System:
-    """One kind of model: its constructor, its published sizes, the names of its solvers, and its default settings, those for a
-    published checkpoint and those for the demo's."""
-
-    make: Callable[..., Model]
-    sizes: Mapping[str, Mapping[str, int | bool]]
-    solvers: Sequence[str]
-    published: Sampling
-    demo: Sampling
-
-
-SYSTEMS = {
-    "mar": System(
-        mar,
-        MAR_SIZES,
-        solvers.NAMES,
-        published=MARSampling(),
-        demo=MARSampling(num_iter=24),  # 49 tokens
-    ),
-    "flowar": System(
-        flowar,
-        FLOWAR_SIZES,
-        solvers.FLOW_NAMES,
-        published=FlowSampling("linear:25-15", "euler", cfg=2.4, guidance=(0.0, 0.9)),
-        demo=FlowSampling("linear:25-15", "euler", cfg=2.4, guidance=(0.0, 0.9)),
-    ),
-    "xar": System(
-        xar,
-        XAR_SIZES,
-        solvers.FLOW_NAMES,
-        published=FlowSampling("linear:50-15", "euler_maruyama", cfg=2.7, guidance=(0.0, 1.0)),
-        demo=FlowSampling("linear:50-15", "euler_maruyama", cfg=2.7, guidance=(0.0, 1.0)),
-    ),
-}
-
-
-def load_model(checkpoint: Path | None = None, size: str | None = None, ema: bool = True, system: str = "mar") -> Model:
-    """The demo's model of `system`, or the one of `checkpoint`: built from the file's own metadata, else as the published `size`.
-
-    system: a key of SYSTEMS. Raises FileNotFoundError, or ValueError where system, size and the file do not fit.
-    """
-    if system not in SYSTEMS:
-        raise ValueError(f"system: expected one of {list(SYSTEMS)}, got {system!r}")
-    make, sizes = SYSTEMS[system].make, SYSTEMS[system].sizes
-    checkpoint = DEMO_WEIGHTS / f"{system}_fashion_mnist.safetensors" if checkpoint is None else checkpoint
-    config = read_config(checkpoint)
-    if config is None:
-        if size not in sizes:
-            raise ValueError(
-                f"size: {checkpoint} does not say how it is built; expected one of {', '.join(sizes)} for {system}, got {size!r}"
-            )
-        model = make(size=size)
-    else:
-        name, arguments = config
-        if name != system:
-            raise ValueError(f"system: {checkpoint} says that it holds {name!r}, got {system!r}")
-        if size is not None:
-            raise ValueError(f"size: {checkpoint} says itself how it is built, got {size!r}")
-        model = make(**arguments)
-    load_checkpoint(model, checkpoint, ema)
-    return model.eval()
+    subject: int | str
+    name: str
+    label: int | None
 
 
 def classes_of(model: Model, wanted: Sequence[int] | None = None) -> Sequence[int]:
@@ -141,37 +52,146 @@ def classes_of(model: Model, wanted: Sequence[int] | None = None) -> Sequence[in
     return wanted
 
 
-def labels_in_turn(classes: Sequence[int], count: int) -> Tensor:
-    """[count] int64: the classes over and over."""
-    return torch.tensor(classes).repeat(-(-count // len(classes)))[:count]
+def in_turn(subjects: Sequence[Any], count: int) -> list[Any]:
+    """`count` subjects: those over and over."""
+    return [subjects[i % len(subjects)] for i in range(count)]
 
 
-def draw_images(
-    model: Model, labels: Tensor, sampling: Sampling, seed: int, batch: int, progress: bool = True, name: str = "drawing"
-) -> tuple[Tensor, float]:
-    """([N, C, H, W] float32, seconds): `labels` in batches, all noise and MAR's orders from one generator seeded with `seed`."""
-    device = model.class_emb.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    parts, started = [], time.perf_counter()
-    bar = tqdm(total=len(labels), desc=name, unit="image", disable=not progress)
-    with bar:
-        for part in labels.to(device).split(batch):
-            parts.append(model.sample_tokens(part, generator=generator, **vars(sampling)))
-            bar.update(len(part))
-    return torch.cat(parts).float().cpu(), time.perf_counter() - started
+def sample(model: Model, subjects: Sequence[int] | Sequence[str], sampling: Sampling, **source: Any) -> Tensor:
+    """[N, C, H, W] on the model's device: images of classes, or for a Harmon of prompts, with the noise of `source`, which are
+    arguments of sample_tokens."""
+    given = list(subjects) if isinstance(model, Harmon) else torch.tensor(subjects, device=model.head.device)
+    return model.sample_tokens(given, **sampling.arguments(model), **source)
 
 
-def save_images(images: Tensor, labels: Tensor, folder: Path, name_of: Callable[[int], str] = str) -> list[Path]:
-    """One file an image: PNG for 1 or 3 channels, else the latents themselves as .npy, [C, H, W] float32."""
-    paths = []
-    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        path = folder / f"{i:05d}_{name_of(label)}"
-        if len(image) in (1, 3):
-            path = path.with_suffix(".png")
-            save_png(Image.fromarray(to_pixels(image)), path)
-        else:
-            path = path.with_suffix(".npy")
-            with written_aside(path) as aside:
-                np.save(aside, image.numpy())
-        paths.append(path)
-    return paths
+def sample_numbered(
+    model: Model, subjects: Sequence[int] | Sequence[str], numbers: Sequence[int], sampling: Sampling, seed: int
+) -> Tensor:
+    """[N, C, H, W] on the model's device: of all the images that there are for `seed`, those with these numbers.
+
+    ValueError for a seed that is not at least 0 and below 2**64.
+    """
+    philox, device = Philox(seed, torch.tensor(numbers)), model.head.device
+    if isinstance(model, MAR | Harmon):
+        images = image_part(model)
+        tokens = math.prod(sampling.arguments(model).get("image_shape", (images.seq_h, images.seq_w)))
+        orders = philox.normal([_ORDER_STEP], len(numbers), tokens)[0].argsort(dim=1, stable=True).to(device)
+        return sample(model, subjects, sampling, orders=orders, rng=philox)
+    return sample(model, subjects, sampling, draw=_Numbered(philox, device))
+
+
+class _Numbered:
+    """Noise for FlowAR and xAR, as their `draw`: image by image, from each one's stream of `philox`, a step a call."""
+
+    def __init__(self, philox: Philox, device: torch.device) -> None:
+        self.philox, self.device, self.calls = philox, device, 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        images = len(self.philox.streams)
+        noise = self.philox.normal([self.calls], images, math.prod(shape[1:]), dtype, self.device)[0]
+        self.calls += 1
+        return noise.unflatten(1, shape[1:]).repeat(shape[0] // images, *[1] * (len(shape) - 1))  # both halves under guidance
+
+
+class Processes:
+    """The processes that share a run, this one being number `rank` of `world`; alone unless torchrun started it."""
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+
+    def first(self, action: Callable[[], None]) -> None:
+        """Do it in the first process alone, while the others wait. Its ValueError is raised in all."""
+        errors: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                action()
+            except ValueError as error:
+                errors = [str(error)]
+        if self.world > 1:
+            dist.broadcast_object_list(errors)
+        if errors[0] is not None:
+            raise ValueError(errors[0])
+
+    def total(self, count: int) -> int:
+        """The sum over all processes; they wait for each other."""
+        counts = torch.tensor(count)
+        if self.world > 1:
+            dist.all_reduce(counts)
+        return int(counts)
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """Those of torchrun, joined for as long as the block lasts, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Processes()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def check_run(folder: Path, record: Mapping[str, object], paths: Sequence[Path]) -> None:
+    """ValueError, naming what differs, if `folder` holds the images of another run than that which `record` describes, as JSON.
+
+    Removes what a killed run left half written.
+    """
+    path, record = folder / RECORD, json.loads(json.dumps(record))
+    if path.is_file():
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: cannot be read as the record of a run: {error}") from error
+        differing = [
+            f"{key}: {before.get(key)!r} there, {record.get(key)!r} now"
+            for key in {**before, **record}
+            if before.get(key) != record.get(key)
+        ]
+        if differing:
+            raise ValueError(f"out: {folder} holds the images of another run ({'; '.join(differing)}); choose another folder")
+    elif any(image.exists() for image in paths):
+        raise ValueError(f"out: {folder} holds images, and no {RECORD} that says of what run; choose another folder")
+    for aside in folder.glob(".[0-9]*"):
+        aside.unlink()
+
+
+def generate(
+    draw: Callable[[Sequence[int]], Tensor],
+    paths: Sequence[Path],
+    record: Mapping[str, object],
+    batch: int,
+    shared: Processes,
+    progress: bool = True,
+) -> int:
+    """Write image i to paths[i], all in one folder, where there is no file yet; returns how many this process wrote.
+
+    draw(numbers) -> [N, C, H, W]: images by number. They are drawn in groups of `batch` with consecutive numbers, of which every
+    process takes its share, and a group always whole: so an image was always drawn beside the same others. `record` is written
+    along with the first.
+    """
+    groups = [range(start, min(start + batch, len(paths))) for start in range(0, len(paths), batch)][shared.rank :: shared.world]
+    missing = [[i for i in group if not paths[i].exists()] for group in groups]
+    mine, left = sum(map(len, groups)), sum(map(len, missing))
+    name = "drawing" if shared.world == 1 else f"drawing a share of 1/{shared.world}"
+    with tqdm(total=mine, initial=mine - left, desc=name, unit="image", disable=not progress or shared.rank > 0) as bar:
+        for group, numbers in zip(groups, missing, strict=True):
+            if not numbers:
+                continue
+            images = draw(group)
+            with written_aside(paths[0].parent / RECORD) as aside:
+                aside.write_text(json.dumps(record, indent=1) + "\n")
+            for i in numbers:
+                save_image(images[i - group.start].float().cpu(), paths[i])
+            bar.update(len(numbers))
+    return left
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """[C, H, W] float32 as a PNG, of 1 or 3 channels in [-1, 1], or as .npy, whichever the path is."""
+    if path.suffix == ".png":
+        save_png(Image.fromarray(to_pixels(image)), path)
+    else:
+        with written_aside(path) as aside:
+            np.save(aside, image.numpy())

@@ -30,10 +30,10 @@ def test_installed_with_its_data():
     package = Path(disa_fast.__file__).parent
     assert (package / "py.typed").is_file()
     weights = {path.name: path.stat().st_size for path in (package / "demo" / "weights").iterdir()}
-    assert set(weights) == {
-        f"{what}_fashion_mnist.{suffix}" for what in ("mar", "flowar", "xar", "classifier") for suffix in ("safetensors", "json")
-    }
-    assert sum(weights.values()) < 13e6
+    models = ("mar", "flowar", "xar", "harmon", "classifier")
+    files = {f"{what}_fashion_mnist.{suffix}" for what in models for suffix in ("safetensors", "json")}
+    assert set(weights) == files | {"harmon_fashion_mnist.tokenizer.json"}
+    assert sum(weights.values()) < 18e6
     assert metadata("disa-fast")["License-Expression"] == "MIT"
     assert any(script.name == "disa-fast" for script in entry_points(group="console_scripts"))
 
@@ -70,7 +70,7 @@ def test_numbers_in_the_readme_are_the_committed_results():
         assert f"| {info['rows']} | {over_eager} | {floor} |" in README
     image = next(info["results"] for info in infos if "seconds" in info.get("results", {}).get("eager", {}))
     assert " | ".join(f"{image[name]['over_eager']:.2f}x" for name in CONTESTANTS[1:]) in README
-    for system in ("flowar", "xar"):
+    for system in ("flowar", "xar", "harmon"):
         assert table(json.loads((results / f"demo_{system}.json").read_text())["rows"]) in README
     flows = [run["extra_info"] for run in json.loads((results / "flow.json").read_text())["benchmarks"]]
     assert {"FlowAR-L", "xAR-B"} <= {info["model"] for info in flows}

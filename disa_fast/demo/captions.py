@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from ..models.prompts import GENERIC_PROMPT, image_prompt, instruction
 
 NOUNS = (
-    "a t-shirt", "a pair of trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag", "an ankle boot",
+    "a t-shirt", "a pair of trousers", "a pullover", "a dress", "a coat",
+    "a sandal", "a shirt", "a sneaker", "a bag", "an ankle boot",
 )  # fmt: skip
 SHADES = ("", "dark", "light")
 FRAMES = ("a photo of {}", "a picture of {}", "{}")
@@ -19,11 +21,18 @@ VOCABULARY = 384
 
 
 def caption(label: int, shade: int = 0, frame: int = 0) -> str:
-    """"a photo of a dark dress": label of the class, shade and frame by their number."""
+    """ "a photo of a dark dress": label of the class, shade and frame by their number."""
     noun = NOUNS[label]
     if shade:
         noun = f"a {SHADES[shade]} {noun.split(' ', 1)[1]}"
     return FRAMES[frame].format(noun)
+
+
+def label_of(text: str) -> int | None:
+    """The class that a prompt speaks of: that of the longest noun in it, None if there is none."""
+    nouns = {noun.split(" ", 1)[1]: label for label, noun in enumerate(NOUNS)}
+    found = [noun for noun in nouns if re.search(rf"\b{re.escape(noun)}\b", text.lower())]
+    return nouns[max(found, key=len)] if found else None
 
 
 def shades(images: Tensor, labels: Tensor) -> Tensor:

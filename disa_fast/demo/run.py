@@ -9,27 +9,51 @@ import dataclasses
 import datetime
 import json
 import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from .. import backends
 from ..files import written_aside
-from ..generate import Model, Sampling, classes_of, draw_images, labels_in_turn
+from ..generate import Kind, classes_of, in_turn, sample
+from ..models import Harmon
 from ..pictures import columns_of, panel, save_png, side_by_side
+from ..systems import Model, Sampling, image_part
 from . import data
 from .quality import Classifier, fid_class, measure
 
 PICTURE_ROWS = 5
-BASELINE_STEPS = {"mar": 100, "flowar": 25, "xar": 50}  # constant ones, as published without DiSA
+BASELINE_STEPS = {"mar": 100, "flowar": 25, "xar": 50, "harmon": 100}  # constant ones, as published without DiSA
+
+
+def draw_images(
+    model: Model,
+    subjects: Sequence[int] | Sequence[str],
+    sampling: Sampling,
+    seed: int,
+    batch: int,
+    progress: bool = True,
+    name: str = "drawing",
+) -> tuple[Tensor, float]:
+    """([N, C, H, W] float32, seconds): `subjects` in batches, all noise and orders from one generator seeded with `seed`."""
+    generator = torch.Generator(model.head.device).manual_seed(seed)
+    parts, started = [], time.perf_counter()
+    with tqdm(total=len(subjects), desc=name, unit="image", disable=not progress) as bar:
+        for start in range(0, len(subjects), batch):
+            parts.append(sample(model, subjects[start : start + batch], sampling, generator=generator))
+            bar.update(len(parts[-1]))
+    return torch.cat(parts).float().cpu(), time.perf_counter() - started
 
 
 def run_demo(
     system: str,
     model: Model,
     sampling: Sampling,
-    classes: Sequence[int] | None,
+    kinds: Sequence[Kind],
     num_images: int,
     seed: int,
     batch: int,
@@ -38,19 +62,23 @@ def run_demo(
 ) -> str:
     """Draw, write demo.png and demo.json into `out`, and return the table as text.
 
-    classes: taken in turn; all if None. Raises ValueError for classes that are none, or a model that does not draw Fashion-MNIST's
-    28x28 grey images, or 32x32 with a margin.
+    kinds: taken in turn. Quality is not measured if one has no label. Raises ValueError for a model that does not draw
+    Fashion-MNIST's 28x28 grey images, or 32x32 with a margin.
     """
-    side, grey = model.seq_h * model.patch_size, model.vae_embed_dim == 1
-    if not grey or side not in (data.SIDE, data.PADDED_SIDE) or len(classes_of(model)) != len(data.CLASSES):
+    images_of = image_part(model)
+    side, grey = images_of.seq_h * images_of.patch_size, images_of.vae_embed_dim == 1
+    classes = len(data.CLASSES) if isinstance(model, Harmon) else len(classes_of(model))
+    if not grey or side not in (data.SIDE, data.PADDED_SIDE) or classes != len(data.CLASSES):
         raise ValueError(
             "checkpoint: the demo needs a model of 28x28 grey images, or 32x32 with a margin, in 10 classes; try disa-fast generate"
         )
-    classes = classes_of(model, classes)
-    fid_class()  # missing, it is missed before the drawing and not after
-    classifier = Classifier.load()
-    labels = labels_in_turn(classes, num_images)
-    columns = columns_of([data.CLASSES[c] for c in classes])
+    judged = all(kind.label is not None for kind in kinds)
+    if judged:
+        fid_class()  # missing, it is missed before the drawing and not after
+        classifier = Classifier.load()
+        labels = torch.tensor(in_turn([kind.label for kind in kinds], num_images))
+    subjects = in_turn([kind.subject for kind in kinds], num_images)
+    columns = columns_of([kind.name for kind in kinds])
     constant = dataclasses.replace(sampling, schedule=f"constant:{BASELINE_STEPS[system]}")
     steps = f"{BASELINE_STEPS[system]} constant steps"
     plain = f"{steps}, plain PyTorch"
@@ -59,14 +87,15 @@ def run_demo(
         runs[f"{steps}, no clip"] = dataclasses.replace(constant, clip=None)
     runs |= {steps: constant, f"DiSA {sampling.schedule}": sampling}
     evaluations = {name: settings.network_evaluations(model) for name, settings in runs.items()}  # a bad schedule shows here
-    draw_images(model, labels[:10], dataclasses.replace(sampling, schedule="constant:2"), seed, batch, progress=False)  # warm up
+    draw_images(model, subjects[:10], dataclasses.replace(sampling, schedule="constant:2"), seed, batch, progress=False)  # warm up
 
     rows, panels = [], []
     for name, settings in runs.items():
-        images, seconds = draw_images(model, labels, settings, seed, batch, progress, name)
+        images, seconds = draw_images(model, subjects, settings, seed, batch, progress, name)
         images = data.cropped(images)
-        quality = measure(images, labels, classifier)
-        rows.append({"name": name, "evaluations": evaluations[name], "seconds": seconds, **dataclasses.asdict(quality)})
+        rows.append({"name": name, "evaluations": evaluations[name], "seconds": seconds})
+        if judged:
+            rows[-1] |= dataclasses.asdict(measure(images, labels, classifier))
         if name != plain:  # its pictures are those of the same steps on the other backend
             panels.append(panel(images[: PICTURE_ROWS * len(columns)], columns, name))
     for row in rows:
@@ -75,6 +104,7 @@ def run_demo(
     head = model.head
     result = {
         "system": system,
+        "subjects": [kind.subject for kind in kinds],
         "settings": {**vars(sampling), "schedule": str(sampling.schedule), "num_images": num_images, "seed": seed, "batch": batch},
         "backend": backends.choose(sampling.backend, head.spec, head.dtype, head.device, 2 * batch),
         "machine": {"device": _device_name(head.device), "threads": torch.get_num_threads(), "torch": torch.__version__},
@@ -94,11 +124,13 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        low, high = (100 * bound for bound in row["accuracy_interval"])
+        accuracy = frechet = "not measured"
+        if "accuracy" in row:
+            low, high = (100 * bound for bound in row["accuracy_interval"])
+            accuracy = f"{100 * row['accuracy']:.1f} % ({low:.1f} to {high:.1f})"
+            frechet = f"{row['frechet']:.2f} ({row['frechet_interval'][0]:.2f} to {row['frechet_interval'][1]:.2f})"
         lines.append(
-            f"| {row['name']} | {row['evaluations']} | {row['seconds']:.1f} | {row['speed_up']:.2f}x "
-            f"| {100 * row['accuracy']:.1f} % ({low:.1f} to {high:.1f}) "
-            f"| {row['frechet']:.2f} ({row['frechet_interval'][0]:.2f} to {row['frechet_interval'][1]:.2f}) |"
+            f"| {row['name']} | {row['evaluations']} | {row['seconds']:.1f} | {row['speed_up']:.2f}x | {accuracy} | {frechet} |"
         )
     return "\n".join(lines)
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..files import written_aside
-from ..generate import DEMO_WEIGHTS
 from ..models import MAR, Harmon, flowar, harmon, mar, xar
 from ..models.prompts import encode_prompts
+from ..systems import DEMO_WEIGHTS
 from . import data
 from .captions import NOUNS, SHADES, VOCABULARY, every_prompt, make_tokenizer, shades
 from .quality import Classifier

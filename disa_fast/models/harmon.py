@@ -19,13 +19,12 @@ from ..heads.mlp import Draw, MLPHead
 from ..philox import Philox
 from ..schedule import Schedule
 from ..solvers import DEFAULT_CLIP, Solver
+from ..vae import LATENT_SCALE
 from .mar import MAR
 from .mar import SIZES as MAR_SIZES
 from .masked_sampling import sample_masked
 from .prompts import GENERIC_PROMPT, encode_prompts, image_prompt, instruction
 from .sizes import preset
-
-VAE_SCALE = 0.2325
 
 _QWEN = {"num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 SIZES: dict[str, dict[str, Any]] = {
@@ -59,18 +58,28 @@ class LanguageModel(nn.Module):
             from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"Harmon needs transformers: pip install 'disa-fast[harmon]' ({error})") from error
-        config = Qwen2Config(**config, use_cache=False)
+        config = Qwen2Config(**{**config, "use_cache": False})
         self.model = Qwen2Model(config)
         if self.model.device.type == "meta":  # a constant that no checkpoint holds: real also where parameters are not yet
             with torch.device("cpu"):
                 self.model.rotary_emb = Qwen2RotaryEmbedding(config)
 
 
+def _drop_unused(module: Harmon, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
+    for name in [name for name in state if name.removeprefix(prefix).startswith(module.unused_keys)]:
+        del state[name]
+
+
 class Harmon(nn.Module):
     """The model. llm: arguments of transformers' Qwen2Config; vae_scale: latents are the VAE's times this; all others are MAR's, as
-    which images and tokens are. `tokenizer`, for prompts as text, is a tokenizers.Tokenizer that the user sets."""
+    which images and tokens are. `tokenizer`, for prompts as text, is a tokenizers.Tokenizer that the user sets.
 
-    def __init__(self, llm: Mapping[str, object], vae_scale: float = VAE_SCALE, **mar: Any) -> None:
+    A state dict may hold what some published ones do and images do not need: `unused_keys` are dropped from it.
+    """
+
+    unused_keys = ("llm.lm_head.", "vae.")
+
+    def __init__(self, llm: Mapping[str, object], vae_scale: float = LATENT_SCALE, **mar: Any) -> None:
         super().__init__()
         self.vae_scale = vae_scale
         self.llm = LanguageModel(llm)
@@ -79,6 +88,7 @@ class Harmon(nn.Module):
         self.proj_in = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.proj_out = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim))
         self.tokenizer: Any = None
+        self.register_load_state_dict_pre_hook(_drop_unused)
 
     @property
     def head(self) -> MLPHead:

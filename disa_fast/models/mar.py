@@ -119,6 +119,7 @@ class MAR(nn.Module):
         diffusion_batch_mul: int = 4,
     ) -> None:
         super().__init__()
+        self.vae_stride = vae_stride
         self.patch_size = patch_size
         self.vae_embed_dim = vae_embed_dim
         self.seq_h = self.seq_w = img_size // vae_stride // patch_size

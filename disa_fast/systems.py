@@ -1,0 +1,210 @@
+"""The systems: how each is made, its published sizes, its settings, and how a checkpoint of it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import solvers
+from .checkpoint import build, read_config
+from .models import MAR, XAR, FlowAR, Harmon, flowar, harmon, mar, xar
+from .models.flowar import SIZES as FLOWAR_SIZES
+from .models.harmon import SIZES as HARMON_SIZES
+from .models.mar import SIZES as MAR_SIZES
+from .models.prompts import GENERIC_PROMPT
+from .models.xar import SIZES as XAR_SIZES
+from .schedule import Schedule, as_schedule, steps_at
+from .solvers import DEFAULT_CLIP, Solver
+
+DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
+
+
+@dataclass(frozen=True)
+class MARSampling:
+    """Everything but labels and seed that decides what `MAR.sample_tokens` draws; see there."""
+
+    schedule: Schedule | str = "linear:50-5"
+    solver: str | Solver = "ddpm"
+    clip: int | str | None = DEFAULT_CLIP
+    num_iter: int = 64
+    cfg: float = 3.0
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+    backend: str = "auto"
+
+    def arguments(self, model: Model) -> dict[str, Any]:
+        """Of sample_tokens, by name."""
+        return dict(vars(self))
+
+    def network_evaluations(self, model: MAR | Harmon) -> int:
+        """Evaluations of the head for one image: the sum over k of what T(k) leaves after clipping."""
+        schedule, table_for = as_schedule(self.schedule), solvers.resolve(self.solver, self.clip)
+        return sum(len(table_for(steps_at(schedule, k, self.num_iter))) for k in range(self.num_iter))
+
+
+@dataclass(frozen=True)
+class HarmonSampling(MARSampling):
+    """Everything but prompts and seed that decides what `Harmon.sample_tokens` draws; see there.
+
+    image_size: (height, width) in pixels, the model's own if None.
+    """
+
+    cfg_schedule: str = "constant"
+    cfg_prompt: str = GENERIC_PROMPT
+    image_size: tuple[int, int] | None = None
+
+    def arguments(self, model: Harmon) -> dict[str, Any]:
+        arguments = dict(vars(self))
+        size, pixels = arguments.pop("image_size"), model.mar.vae_stride * model.mar.patch_size
+        if size is not None:
+            if any(side % pixels for side in size):
+                raise ValueError(f"image_size: expected multiples of {pixels} pixels, of which a token is one, got {size}")
+            arguments["image_shape"] = tuple(side // pixels for side in size)
+        return arguments
+
+
+@dataclass(frozen=True)
+class FlowSampling:
+    """Everything but labels and seed that decides what `FlowAR.sample_tokens` or `XAR.sample_tokens` draws; see there."""
+
+    schedule: Schedule | str
+    solver: str | Solver
+    cfg: float
+    guidance: tuple[float, float]
+    temperature: float = 1.0
+    backend: str = "auto"
+
+    def arguments(self, model: Model) -> dict[str, Any]:
+        """Of sample_tokens, by name."""
+        return dict(vars(self))
+
+    def network_evaluations(self, model: FlowAR | XAR) -> int:
+        """Evaluations of the velocity for one image: the sum over scales or cells of what the solver's grid makes of T(k)."""
+        return sum(len(step.table) for step in model.plan(self.schedule, self.solver))
+
+
+Model = MAR | FlowAR | XAR | Harmon
+Sampling = MARSampling | FlowSampling
+
+
+@dataclass(frozen=True)
+class System:
+    """One kind of model: its constructor, its published sizes, the names of its solvers, and its settings: those that DiSA's
+    authors publish for each size, and those for the demo's model."""
+
+    make: Callable[..., Model]
+    sizes: Mapping[str, Mapping[str, Any]]
+    solvers: Sequence[str]
+    published: Mapping[str, Sampling]
+    demo: Sampling
+    dtype: torch.dtype = torch.float32  # of published weights in use
+
+
+def _flowar(cfg: float, schedule: str = "linear:25-15", high: float = 0.9) -> FlowSampling:
+    return FlowSampling(schedule, "euler", cfg, guidance=(0.0, high))
+
+
+def _xar(cfg: float) -> FlowSampling:
+    return FlowSampling("linear:50-15", "euler_maruyama", cfg, guidance=(0.0, 1.0))
+
+
+# Settings of README.md and Harmon_DiSA of the DiSA repository at 283fa59.
+SYSTEMS = {
+    "mar": System(
+        mar,
+        MAR_SIZES,
+        solvers.NAMES,
+        published={size: MARSampling(cfg=cfg) for size, cfg in (("base", 2.9), ("large", 3.0), ("huge", 3.3))},
+        demo=MARSampling(num_iter=24),  # 49 tokens
+    ),
+    "flowar": System(
+        flowar,
+        FLOWAR_SIZES,
+        solvers.FLOW_NAMES,
+        published={"small": _flowar(4.2), "large": _flowar(2.4), "huge": _flowar(2.4, "linear:50-15", high=0.7)},
+        demo=_flowar(2.4),
+    ),
+    "xar": System(
+        xar,
+        XAR_SIZES,
+        solvers.FLOW_NAMES,
+        published={"base": _xar(2.7), "large": _xar(2.3), "huge": _xar(2.2)},
+        demo=_xar(2.7),
+    ),
+    "harmon": System(
+        harmon,
+        HARMON_SIZES,
+        solvers.NAMES,
+        published=dict.fromkeys(HARMON_SIZES, HarmonSampling(image_size=(512, 512))),
+        demo=HarmonSampling(num_iter=24),
+        dtype=torch.bfloat16,
+    ),
+}
+
+
+def image_part(model: Model) -> MAR | FlowAR | XAR:
+    """What of a model has seq_h, seq_w, patch_size and vae_embed_dim."""
+    return model.mar if isinstance(model, Harmon) else model
+
+
+def load_model(
+    checkpoint: Path | None = None,
+    size: str | None = None,
+    ema: bool = True,
+    system: str = "mar",
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """The demo's model of `system`, or the one of `checkpoint`: built from the file's own metadata, else as the published `size`.
+
+    system: a key of SYSTEMS. tokenizer: a tokenizer.json, which a Harmon needs to read prompts; by default the demo's, or the file
+    of that name beside the checkpoint, if there is one. dtype: of the weights; by default as published, else float32. Raises
+    FileNotFoundError, or ValueError where system, size and the file do not fit; nothing is allocated before that is known.
+    """
+    if system not in SYSTEMS:
+        raise ValueError(f"system: expected one of {list(SYSTEMS)}, got {system!r}")
+    make, sizes = SYSTEMS[system].make, SYSTEMS[system].sizes
+    if tokenizer is not None and system != "harmon":
+        raise ValueError(f"tokenizer: only Harmon takes one, got {tokenizer} for system {system!r}")
+    if checkpoint is None:
+        checkpoint = DEMO_WEIGHTS / f"{system}_fashion_mnist.safetensors"
+        tokenizer = tokenizer or checkpoint.with_suffix(".tokenizer.json")
+    config = read_config(checkpoint)
+    if config is None:
+        if size not in sizes:
+            raise ValueError(
+                f"size: {checkpoint} does not say how it is built; expected one of {', '.join(sizes)} for {system}, got {size!r}"
+            )
+        arguments = {"size": size}
+        dtype = dtype or SYSTEMS[system].dtype
+    else:
+        name, arguments = config
+        if name != system:
+            raise ValueError(f"system: {checkpoint} says that it holds {name!r}, got {system!r}")
+        if size is not None:
+            raise ValueError(f"size: {checkpoint} says itself how it is built, got {size!r}")
+    read = _tokenizer(tokenizer, checkpoint) if system == "harmon" else None
+    model = build(lambda: make(**arguments), checkpoint, ema, dtype or torch.float32)
+    if isinstance(model, Harmon):
+        model.tokenizer = read
+    return model.eval()
+
+
+def _tokenizer(path: Path | None, checkpoint: Path) -> Any:
+    """The tokenizers.Tokenizer of a file; of the one beside `checkpoint` if None; None if there is none."""
+    from tokenizers import Tokenizer
+
+    if path is None:
+        path = Path(checkpoint).with_name("tokenizer.json")
+        if not path.is_file():
+            return None
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path}: no such tokenizer")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}: cannot be read as a tokenizer.json: {error}") from error
