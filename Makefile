@@ -61,7 +61,9 @@ $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf build
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt '.[demo,test,lint,native,bench]'
+	rm -f disa_fast/_C*.so  # what python -m runs from this folder has the C++ core too
+	find $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('platlib'))")/disa_fast -name '_C*.so' -exec ln -s {} disa_fast \;
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info disa_fast/_C*.so

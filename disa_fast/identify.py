@@ -146,7 +146,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _backends(found: Found, rows: int) -> dict[str, str]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.float32 if found.size == OWN else SYSTEMS[found.system].dtype  # as load_model has it
     why_not = backends.survey(found.head, dtype, device, rows)
     why = "".join(f"\n  {name}: {reason or backends.BACKENDS[name].about(dtype)}" for name, reason in why_not.items())

@@ -36,7 +36,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_killed_and_run_again(tmp_path, uninterrupted):
     arguments = ["--num-images", "200", "--batch-size", "10", "--out", str(tmp_path)]
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=tmp_path)
     try:
         while len(list(tmp_path.glob("0*.png"))) < 23:
             assert process.poll() is None, "it ended before it could be killed"
@@ -49,7 +49,7 @@ def test_killed_and_run_again(tmp_path, uninterrupted):
     assert all(uninterrupted[path.name] == path.read_bytes() for path in before)
     (tmp_path / ".00199_ankle-boot.0a1b2c3d.png").write_bytes(b"half of a pic")
 
-    again = subprocess.run(command(*arguments), capture_output=True, text=True)
+    again = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"200 files in {tmp_path}, {200 - len(before)} drawn now" in again.stdout
     assert contents(tmp_path) == uninterrupted
@@ -60,9 +60,8 @@ def test_shared_out_over_processes(tmp_path, uninterrupted):
     """On a CPU, where bits do not depend on the batch size either."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["--num-images", "200", "--batch-size", "25", "--out", str(tmp_path)]
-    shared = subprocess.run(
-        command(*arguments, module=torchrun), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    shared = subprocess.run(command(*arguments, module=torchrun), capture_output=True, text=True, env=one_thread, cwd=tmp_path)
     assert shared.returncode == 0, shared.stderr
     assert shared.stdout.count("200 files in") == 1
     assert "200 drawn now" in shared.stdout
@@ -72,7 +71,7 @@ def test_shared_out_over_processes(tmp_path, uninterrupted):
 def test_errors_of_the_first_process_are_everyones(tmp_path):
     (tmp_path / "run.json").write_text('{"seed": 5}')
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    shared = subprocess.run(command("--out", str(tmp_path), module=torchrun), capture_output=True, text=True)
+    shared = subprocess.run(command("--out", str(tmp_path), module=torchrun), capture_output=True, text=True, cwd=tmp_path)
     assert shared.returncode != 0
     assert shared.stderr.count("holds the images of another run") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
