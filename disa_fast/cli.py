@@ -265,7 +265,8 @@ def _finish(args: argparse.Namespace, model: Model) -> tuple[Callable[[Tensor], 
     if channels != LATENT_CHANNELS:
         raise ValueError(f"--vae: decodes latents of {LATENT_CHANNELS} channels, and this model draws {channels}")
     vae = load_vae(args.vae).to(model.head.device)
-    return (lambda latents: vae.decode(latents.float() / LATENT_SCALE)), 3
+    scale = model.vae_scale if isinstance(model, Harmon) else LATENT_SCALE
+    return (lambda latents: vae.decode(latents.float() / scale)), 3
 
 
 def _record(args: argparse.Namespace, sampling: Sampling, kinds: Sequence[Kind]) -> dict[str, Any]:
