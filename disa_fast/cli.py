@@ -209,7 +209,8 @@ def _generate(args: argparse.Namespace) -> int:
             return finish(sample_numbered(model, subjects, numbers, sampling, args.seed))
 
         started = time.perf_counter()
-        drawn = shared.total(generate(draw, paths, record, args.batch_size, shared, not args.quiet))
+        batch = min(args.batch_size, -(-len(paths) // shared.world))  # work for every process
+        drawn = shared.total(generate(draw, paths, record, batch, shared, not args.quiet))
         seconds = time.perf_counter() - started
         if shared.rank == 0:
             if suffix == ".png":

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -66,6 +67,27 @@ def test_shared_out_over_processes(tmp_path, uninterrupted):
     assert shared.stdout.count("200 files in") == 1
     assert "200 drawn now" in shared.stdout
     assert contents(tmp_path) == uninterrupted
+
+
+def test_every_process_has_work(tmp_path, monkeypatch):
+    """Also where a batch would hold all."""
+    seen = []
+    monkeypatch.setattr("disa_fast.cli.processes", lambda: nullcontext(Alone(0, 4)))
+    monkeypatch.setattr("disa_fast.cli.generate", lambda draw, paths, record, batch, *rest: seen.append(batch) or 0)
+    monkeypatch.setattr("disa_fast.cli.read_png", lambda path: torch.zeros(1, 28, 28))
+    for count, batch in ((10, 3), (4, 1), (1, 1), (1000, 100)):
+        assert main(["generate", *SETTINGS, "--num-images", str(count), "--out", str(tmp_path)]) == 0
+        assert seen.pop() == batch
+
+
+class Alone(Processes):
+    """One of several, which asks nothing of the others."""
+
+    def first(self, action):
+        action()
+
+    def total(self, count):
+        return count
 
 
 def test_errors_of_the_first_process_are_everyones(tmp_path):
