@@ -482,6 +482,7 @@ class UpstreamHarmon(nn.Module):
             elif cfg_schedule == "constant":
                 scale = cfg
             else:
+                # upstream's exception: whoever catches that one catches this one
                 raise NotImplementedError(f"cfg_schedule: expected linear or constant, got {cfg_schedule!r}")
             drawn[at] = self.draw(z[at], temperature, scale, step, num_iter).to(self.dtype)
             if guided:

@@ -172,6 +172,7 @@ def generate(
     process takes its share, and a group always whole: so an image was always drawn beside the same others. `record` is written
     along with the first.
     """
+    record_path = paths[0].parent / RECORD
     groups = [range(start, min(start + batch, len(paths))) for start in range(0, len(paths), batch)][shared.rank :: shared.world]
     missing = [[i for i in group if not paths[i].exists()] for group in groups]
     mine, left = sum(map(len, groups)), sum(map(len, missing))
@@ -181,8 +182,9 @@ def generate(
             if not numbers:
                 continue
             images = draw(group)
-            with written_aside(paths[0].parent / RECORD) as aside:
-                aside.write_text(json.dumps(record, indent=1) + "\n")
+            if not record_path.exists():
+                with written_aside(record_path) as aside:
+                    aside.write_text(json.dumps(record, indent=1) + "\n")
             for i in numbers:
                 save_image(images[i - group.start].float().cpu(), paths[i])
             bar.update(len(numbers))

@@ -23,8 +23,16 @@ from .solvers import DEFAULT_CLIP, Solver
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
 
+class Sampling:
+    """Everything but subjects and seed that decides what a model draws; its fields are arguments of sample_tokens."""
+
+    def arguments(self, model: Model) -> dict[str, Any]:
+        """Of sample_tokens, by name."""
+        return dict(vars(self))
+
+
 @dataclass(frozen=True)
-class MARSampling:
+class MARSampling(Sampling):
     """Everything but labels and seed that decides what `MAR.sample_tokens` draws; see there."""
 
     schedule: Schedule | str = "linear:50-5"
@@ -35,10 +43,6 @@ class MARSampling:
     cfg_schedule: str = "linear"
     temperature: float = 1.0
     backend: str = "auto"
-
-    def arguments(self, model: Model) -> dict[str, Any]:
-        """Of sample_tokens, by name."""
-        return dict(vars(self))
 
     def network_evaluations(self, model: MAR | Harmon) -> int:
         """Evaluations of the head for one image: the sum over k of what T(k) leaves after clipping."""
@@ -58,7 +62,7 @@ class HarmonSampling(MARSampling):
     image_size: tuple[int, int] | None = None
 
     def arguments(self, model: Harmon) -> dict[str, Any]:
-        arguments = dict(vars(self))
+        arguments = super().arguments(model)
         size, pixels = arguments.pop("image_size"), model.mar.vae_stride * model.mar.patch_size
         if size is not None:
             if any(side % pixels for side in size):
@@ -68,7 +72,7 @@ class HarmonSampling(MARSampling):
 
 
 @dataclass(frozen=True)
-class FlowSampling:
+class FlowSampling(Sampling):
     """Everything but labels and seed that decides what `FlowAR.sample_tokens` or `XAR.sample_tokens` draws; see there."""
 
     schedule: Schedule | str
@@ -78,17 +82,12 @@ class FlowSampling:
     temperature: float = 1.0
     backend: str = "auto"
 
-    def arguments(self, model: Model) -> dict[str, Any]:
-        """Of sample_tokens, by name."""
-        return dict(vars(self))
-
     def network_evaluations(self, model: FlowAR | XAR) -> int:
         """Evaluations of the velocity for one image: the sum over scales or cells of what the solver's grid makes of T(k)."""
         return sum(len(step.table) for step in model.plan(self.schedule, self.solver))
 
 
 Model = MAR | FlowAR | XAR | Harmon
-Sampling = MARSampling | FlowSampling
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ VOCABULARY = 384
 
 
 def caption(label: int, shade: int = 0, frame: int = 0) -> str:
-    """ "a photo of a dark dress": label of the class, shade and frame by their number."""
+    """Such as "a photo of a dark dress", by the numbers of class, shade and frame."""
     noun = NOUNS[label]
     if shade:
         noun = f"a {SHADES[shade]} {noun.split(' ', 1)[1]}"

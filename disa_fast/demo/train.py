@@ -77,7 +77,7 @@ HARMON_CONFIG = {
     },
 }
 MODELS = {"mar": (mar, MAR_CONFIG), "flowar": (flowar, FLOWAR_CONFIG), "xar": (xar, XAR_CONFIG), "harmon": (harmon, HARMON_CONFIG)}
-STEPS = {"mar": 7000, "flowar": 3500, "xar": 4500, "harmon": 4000, "classifier": 3000}
+STEPS = {"mar": 7000, "flowar": 3500, "xar": 4500, "harmon": 4500, "classifier": 3000}
 PROMPT_DROP = 0.1  # captions replaced by the generic prompt, to learn what guidance leads away from
 EMA = 0.999
 LOG_EVERY = 50
@@ -94,7 +94,7 @@ def train_model(args: argparse.Namespace) -> None:
         conditions = _captions(images, labels, args.out.with_suffix(".tokenizer.json"))
     else:
         conditions = lambda batch: (labels[batch],)  # noqa: E731
-    images = data.padded(images, config["img_size"])
+    images = data.padded(images, config["img_size"]).to(args.device)
     if args.resume:
         load_checkpoint(model, args.resume)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.02)
@@ -116,7 +116,7 @@ def train_model(args: argparse.Namespace) -> None:
         if position + args.batch > len(order):
             order, position = torch.randperm(len(images)), 0
         batch = order[position : position + args.batch]
-        inputs = [tensor.to(args.device) for tensor in (images[batch], *conditions(batch))]
+        inputs = [images[batch.to(args.device)], *(tensor.to(args.device) for tensor in conditions(batch))]
         position += args.batch
         with torch.autocast(device_type, torch.bfloat16, enabled=args.bf16), sdpa_kernel(attention):
             loss = model(*inputs)
