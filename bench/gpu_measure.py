@@ -37,7 +37,8 @@ from disa_fast.files import written_aside
 from disa_fast.heads.mlp import MLPSpec
 
 from . import probes
-from .flow_images import SETTINGS, Images
+from .counts import mlp_work
+from .images import FLOW_SETTINGS, Images
 from .peers import captured, published_loop, published_step
 from .shapes import SIZES, Z_CHANNELS, iterations
 
@@ -99,7 +100,7 @@ class Report:
         else:
             self.skipped += [f"{size}, {rows} rows: no GPU" for size in SIZES for rows in ROWS.values()]
             self.skipped += [f"MAR-L, {batch} images: no GPU" for batch in ROWS]
-            self.skipped += [f"{name}, {batch} images: no GPU" for name in SETTINGS for batch in FLOW_TARGETS]
+            self.skipped += [f"{name}, {batch} images: no GPU" for name in FLOW_SETTINGS for batch in FLOW_TARGETS]
             for rows in (2, 8):
                 self.shape("MAR-B", rows, compiled=())
         self.write()
@@ -290,7 +291,7 @@ class Report:
         shares: list[float] = []
         with self.surviving(f"{what}, shares"):
             shares += images.shares(dtype=torch.bfloat16)
-        entry = {"model": name, "images": batch, "steps": images.steps, "cfg": images.setting.cfg}
+        entry = {"model": name, "images": batch, "steps": images.steps, "cfg": images.setting.sampling.cfg}
         return entry | {"results": results, "graphs": graphs, "shares": shares}
 
     def drawing(self, what: str, images: Images, name: str, batch: int) -> tuple[dict[str, Contestant], Tensor]:
@@ -408,7 +409,7 @@ def order() -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
         ("shape", "MAR-L", ROWS[256]),
         *(("image", "MAR-L", batch) for batch in ROWS),
         *(("shape", size, rows) for size in ("MAR-L", "MAR-B", "MAR-H") for rows in ROWS.values()),
-        *(("flow_image", name, batch) for batch in FLOW_TARGETS for name in SETTINGS),
+        *(("flow_image", name, batch) for batch in FLOW_TARGETS for name in FLOW_SETTINGS),
     ]
     return first, [one for one in dict.fromkeys(then) if one not in first]
 
@@ -498,10 +499,9 @@ def ratios(times: dict[str, list[float]], name: str) -> dict[str, float | None]:
 def against_peaks(
     spec: MLPSpec, rows: int, steps: int, step_seconds: float, weight_bytes: int, peaks: dict[str, float]
 ) -> dict[str, float | None]:
-    """Of the hoisted loop, whoever runs: the bytes of weights that a step must read, and the operations that it must do."""
-    weights = 2 * spec.depth * spec.width**2 + 3 * spec.in_channels * spec.width + spec.modulation_width * spec.width / steps
-    flops = 2 * rows * (2 * spec.depth * spec.width + spec.modulation_width) * spec.width
-    rate, work = weights * weight_bytes / step_seconds / 1e9, flops / step_seconds / 1e12
+    """A guided step of the hoisted loop (counts.py), whoever runs, against what the machine gives."""
+    done = mlp_work(spec, rows, steps, weight_bytes)
+    rate, work = done.bytes / step_seconds / 1e9, done.flops / step_seconds / 1e12
     matrix = peaks.get("bfloat16 TFLOP/s" if weight_bytes == 2 else "TF32 TFLOP/s")
     return {
         "GB/s": rate,
@@ -641,7 +641,7 @@ def targets(steps: list[dict], images: list[dict], flow_images: list[dict]) -> l
     milliseconds = one[OURS]["seconds"] * 1e3 if OURS in one else None
     what = "MAR-B, 1 image, the head's part of all steps (on an H200)"
     found.append({"what": what, "measured": milliseconds, "target": IMAGE_MS, "unit": " ms"})
-    for name in SETTINGS:
+    for name in FLOW_SETTINGS:
         for batch, target in FLOW_TARGETS.items():
             of_batch = (entry["results"] for entry in flow_images if (entry["model"], entry["images"]) == (name, batch))
             speed = next(of_batch, {}).get(FLOW_OURS, {}).get("over_eager")

@@ -9,38 +9,17 @@ import pytest
 import torch
 from compare import assert_as_good_as, assert_close
 from flow_calls import KINDS, call, context_of, counted, in_dtype, run, small_model, with_context
+from recorder import OWN_BYTES, Recorder, record_flow_graphs
 
 from disa_fast import explain, graphs, models, solvers
 from disa_fast.backends import hoisted, triton
-from disa_fast.graphs import Graphs
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("one_thread")]
-
-OWN_BYTES = 1000  # of a recorded graph
-
-
-class Recorder:
-    """A capture: runs the loop once, as CUDA's must, to warm it up, and keeps it."""
-
-    own_bytes = OWN_BYTES
-
-    def __call__(self, loop):
-        loop()
-        return loop, self.own_bytes
 
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
-    """What captures for every flow head that is packed from now on; attributes of it may be changed."""
-    recorder = Recorder()
-
-    class RecordedGraphs(triton.FlowGraphs):
-        def __init__(self, p, spec):
-            super().__init__(p, spec)
-            self.graphs = Graphs(self.graphs.device, lambda loop: recorder(loop))
-
-    monkeypatch.setattr(triton, "FlowGraphs", RecordedGraphs)
-    return recorder
+    return record_flow_graphs(monkeypatch)
 
 
 @pytest.fixture
@@ -380,4 +359,5 @@ def test_what_is_told(model, quick, nvtx, capsys):
     assert "captures: 1" in capsys.readouterr().out
     at = 4 if isinstance(model, models.XAR) else 0
     shape = f"T=3 images=1 tokens=4 at={at} guided=2"
-    assert nvtx.ranges == [f"capture {shape}", f"replay {shape}", f"replay {shape}"]
+    denoise = "denoise T=3 rows=8 backend=triton"
+    assert nvtx.ranges == [denoise, f"capture {shape}", f"replay {shape}", denoise, f"replay {shape}"]
