@@ -45,9 +45,10 @@ def measure(monkeypatch):
         "iterations": lambda: [(1, 2), (2, 1)],
     }.items():
         monkeypatch.setattr(measure, name, value)
-    for name, setting in measure.SETTINGS.items():
-        monkeypatch.setitem(measure.SETTINGS, name, smaller(setting))
     images = measure.Images
+    settings = importlib.import_module("bench.images").SETTINGS
+    for name in measure.FLOW_SETTINGS:
+        monkeypatch.setitem(settings, name, smaller(settings[name]))
     monkeypatch.setattr(measure, "Images", lambda name, device, batch: images(name, device, min(batch, 2)))
     monkeypatch.setattr(triton, "TritonOps", hoisted.HoistedOps)  # whose kernels have tests of their own
     monkeypatch.setattr(measure.probes, "why_not", lambda: "not today")
@@ -60,10 +61,11 @@ def smaller(setting):
     """The same kind of model, with few blocks, tokens and steps."""
     sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2}
     sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in sizes.items()} | {"img_size": 64}
-    if setting.native.__name__ == "flowar":
+    if setting.system == "flowar":
         sizes |= {"scale": (1, 2, 4), "diffloss_w": 64, "diffloss_d": 1}
     upstream, native = (functools.partial(make, **sizes) for make in (setting.upstream, setting.native))
-    return dataclasses.replace(setting, upstream=upstream, native=native, steps=(4, 3))
+    sampling = dataclasses.replace(setting.sampling, schedule="linear:4-3")
+    return dataclasses.replace(setting, upstream=upstream, native=native, sampling=sampling)
 
 
 @pytest.fixture
@@ -173,13 +175,13 @@ def test_one_that_fails_or_is_wrong_is_named_and_the_others_go_on(measure, tmp_p
 
 
 def test_whole_images_that_fail_or_are_wrong_are_named_and_the_others_go_on(measure, tmp_path, monkeypatch):
-    images = importlib.import_module("bench.flow_images").Images
+    images = importlib.import_module("bench.images").Images
 
-    def ours(self, backend="auto", dtype=torch.float32, draw=None, right=images.ours):
+    def ours(self, backend="auto", dtype=torch.float32, right=images.ours):
         if backend == "triton":
             raise torch.OutOfMemoryError("no memory left")
-        run = right(self, backend, dtype, draw)
-        return lambda: (3 if backend == "hoisted" else 1) * run()
+        run = right(self, backend, dtype)
+        return dataclasses.replace(run, draw=lambda: (3 if backend == "hoisted" else 1) * run())
 
     monkeypatch.setattr(images, "ours", ours)
     monkeypatch.setattr(images, "compiled", lambda self, call: lambda: 1 / 0)

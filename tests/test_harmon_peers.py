@@ -6,11 +6,13 @@ from collections import Counter
 from functools import partial
 
 import harmon_peers
+import mar_peers
 import numpy as np
 import pytest
 import torch
 from compare import assert_as_good_as, assert_close
 from recorded import golden, golden_cases
+from replay import Replay, draws_of
 
 from disa_fast import models
 
@@ -36,24 +38,6 @@ def draw(model, seed=0, **kwargs):
 
 
 # As recorded ----------------------------------------------------------------------------------------------------------
-
-
-class Replay:
-    """torch.randn and torch.randn_like give the recorded draws in their order, float32 as all were; anything else is an error."""
-
-    def __init__(self, monkeypatch, draws):
-        self.left = list(draws)
-        monkeypatch.setattr(torch, "randn", lambda *shape: self.take("randn", shape, torch.float32))
-        monkeypatch.setattr(torch, "randn_like", lambda x: self.take("randn_like", x.shape, x.dtype))
-
-    def take(self, kind, shape, dtype):
-        expected, drawn = self.left.pop(0)
-        assert (kind, tuple(shape), dtype) == (expected, tuple(drawn.shape), drawn.dtype)
-        return drawn.clone()
-
-
-def draws_of(recorded, name):
-    return [("randn", recorded[f"{name}/init_noise"]), *(("randn_like", noise) for noise in recorded[f"{name}/step_noise"])]
 
 
 def recorded_model(recorded, case):
@@ -134,7 +118,7 @@ def test_one_per_cent_is_noticed(monkeypatch):
 def test_recorded_network(dtype, scale):
     """Guidance in bfloat16 keeps the dtype for a float, and is float32 for a tensor."""
     recorded = golden("slim", "harmon_e2e")
-    network = harmon_peers.HeadNetwork(channels=16, width=64, z_channels=48, depth=2)
+    network = mar_peers.HeadNetwork(channels=16, width=64, z_channels=48, depth=2)
     weights = {name.removeprefix(HEAD): value for name, value in recorded.state_dict().items() if name.startswith(HEAD)}
     network.load_state_dict(weights)
     x, t, z = (recorded[f"head/{name}"] for name in "xtz")
@@ -146,35 +130,6 @@ def test_recorded_network(dtype, scale):
     for actual, name in ((out, f"eval_{kind[:4].rstrip('_')}"), (guided, f"eval_cfg3_{kind}")):
         expected = recorded[f"head/{name}"]
         assert_close(actual.float(), expected, worst=4 * rounding * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize(
-    ("which", "stem", "case"),
-    [
-        p
-        for p in golden_cases("mar_head")
-        if p.values[2]["sampler"] in ("DiSA", "default") and p.values[2]["strategy"] != "two-stage"
-    ],
-)
-def test_recorded_trajectories(which, stem, case, monkeypatch):
-    """MAR's head and diffusion are Harmon's; `default` is what Harmon had before DiSA."""
-    recorded, name = golden(which, stem), f"case/{case['name']}"
-    sizes, z = (16, 48, 3, 64), recorded[f"z/r{case['rows']}"]
-    scale = torch.tensor([case["cfg"]]) if case["cfg_is_tensor"] else case["cfg"]
-    if case["sampler"] == "default":
-        diffloss = harmon_peers.ConstantDiffLoss(*sizes, num_sampling_steps=str(case["upper"]))
-        sample = partial(diffloss.sample, z, case["temperature"], scale)
-    else:
-        steps = {"diff_upper_steps": case["upper"], "diff_lower_steps": case["lower"]}
-        diffloss = harmon_peers.AnnealedDiffLoss(*sizes, **steps, diff_annealing_strategy=case["strategy"])
-        sample = partial(diffloss.sample, z, case["temperature"], scale, step=case["step"], ar_num_iter=case["ar_num_iter"])
-    diffloss.net.load_state_dict(recorded.state_dict())
-    diffloss.requires_grad_(False)
-    replay = Replay(monkeypatch, draws_of(recorded, name))
-    out = sample()
-    assert not replay.left
-    kept = case["rows"] // 2 if case["cfg"] != 1.0 else case["rows"]
-    assert_close(out[:kept], recorded[f"{name}/out_f32"][:kept], worst=max(1e-5, 10 * case["f32_vs_f64"]))
 
 
 # At its cost, and with its arguments ----------------------------------------------------------------------------------
@@ -205,15 +160,6 @@ def test_all_the_work_at_every_evaluation(make):
     assert counter[net, "rows"] == sum(4 * tokens * n for tokens, n in zip(drawn, evaluations, strict=True))
     assert counter["llm.model", "calls"] == 1 + 4  # the prompts, then every iteration
     assert counter["mar.decoder_blocks.0", "rows"] == 4 * 4
-
-
-def test_orders_are_those_of_numpys_generator():
-    model = harmon_peers.harmon_small()
-    np.random.seed(7)
-    expected = torch.from_numpy(np.stack([np.random.permutation(16) for _ in range(3)]))
-    np.random.seed(7)
-    assert torch.equal(model.mar.sample_orders(3), expected)
-    assert model.mar.sample_orders(2, seq_len=6).sort(dim=1).values.tolist() == [[*range(6)]] * 2
 
 
 @KINDS
