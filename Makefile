@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+PEERS := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt onnx onnxruntime onnxscript openvino
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast kernels -type f -not -path '*/__pycache__/*')
 CXX_FILES := $(shell find bench csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format sanitize kernels bench gpu-report wheel clean
+.PHONY: demo test lint format sanitize kernels bench bench-baseline bench-check bench-quick bench-proof bench-report soak fuzz gpu-report wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/disa-fast demo
@@ -46,10 +47,36 @@ kernels: $(INSTALLED)
 gpu-report:
 	$(PYTHON) -m bench.gpu_report
 
-# Writes bench/results/cpu.json and flow.json; look at the ratios, never at the times of another machine.
+# Writes bench/results/heads.json and images.json in three quarters of an hour; look at the ratios, not at another machine's times.
 bench: $(INSTALLED)
-	$(BIN)/pytest bench/bench_cpu.py --benchmark-only --benchmark-json=bench/results/cpu.json
-	$(BIN)/pytest bench/bench_flow.py --benchmark-only --benchmark-json=bench/results/flow.json
+	-$(PEERS)
+	$(BIN)/pytest bench/bench_heads.py --benchmark-only --benchmark-json=bench/results/heads.json
+	$(BIN)/pytest bench/bench_images.py --benchmark-only --benchmark-json=bench/results/images.json
+
+# How much faster than the eager loop this package is on this class of machine, on record; and whether it still is. The last writes
+# the record that this catches what it should and nothing else. See bench/regression.py.
+bench-baseline: $(INSTALLED)
+	$(BIN)/python -m bench.regression baseline
+bench-check: $(INSTALLED)
+	$(BIN)/python -m bench.regression check
+bench-quick: $(INSTALLED)
+	-$(PEERS)
+	$(BIN)/pytest tests/test_exported.py
+	$(BIN)/python -m bench.regression check --quick
+bench-proof: $(INSTALLED)
+	$(BIN)/python -m bench.regression prove
+
+# README's performance section, docs/benchmarks/index.html and the pictures, all from the committed results.
+bench-report: $(INSTALLED)
+	$(BIN)/python -m bench.report
+
+# A hundred thousand calls, and ten thousand malformed ones; a small share of both is among the tests.
+soak: $(INSTALLED)
+	$(BIN)/python -m bench.soak --calls 100000 --json bench/results/soak.json
+fuzz: $(INSTALLED)
+	$(BIN)/pytest tests/test_fuzz.py --hypothesis-profile=thorough
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python tests/fuzz_checkpoint.py -atheris_runs=10000
 
 # A wheel for this Python and Linux x86-64, in dist/; it serves the systems whose C library is not older than this one's.
 wheel: $(INSTALLED)

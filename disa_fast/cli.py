@@ -1,4 +1,4 @@
-"""The command line: disa-fast demo, generate, evaluate, inspect."""
+"""The command line: disa-fast demo, generate, evaluate, inspect, profile."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import solvers
+from . import profile, solvers
 from .backends import BACKENDS
+from .checks import usable_device
 from .demo.captions import caption, label_of
 from .demo.data import CLASSES, cropped
 from .demo.run import BASELINE_STEPS, run_demo
@@ -27,6 +28,7 @@ from .generate import Kind, check_run, classes_of, generate, in_turn, processes,
 from .identify import identify, report
 from .models import Harmon
 from .pictures import columns_of, panel, read_png, save_png
+from .profiling import DEFAULT_SECONDS
 from .schedule import parse_schedule
 from .systems import SYSTEMS, Model, Sampling, System, image_part, load_model
 from .vae import LATENT_CHANNELS, LATENT_SCALE, load_vae
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"disa-fast {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -114,6 +116,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("checkpoint", type=Path, help=".pth or .safetensors")
     inspect.set_defaults(run=_inspect)
+
+    profiled = commands.add_parser(
+        "profile",
+        help="run a command and say where its time goes",
+        description="""Runs a command that draws images with this package (disa-fast profile -- python draw.py, -- disa-fast demo,
+        -- torchrun ...) under Nsight Systems or torch.profiler, and prints the shares of head, backbone, copies and gaps, the time
+        of each AR step, and the longest operators or kernels. Leaves the tool's own files in OUT/raw and what is printed in
+        OUT/summary.json. The exit status is the command's. See docs/profiling.md.""",
+        formatter_class=_Help,
+    )
+    profiled.add_argument(
+        "--tool", choices=profile.TOOLS, default="auto", help="auto is nsys where that and a GPU are there, else torch"
+    )
+    profiled.add_argument("--out", type=Path, default=Path("profile-out"), help="folder to write into")
+    profiled.add_argument(
+        "--seconds",
+        type=_seconds,
+        help=f"torch: of recording, after which only new kinds of images are, up to as many more (default: {DEFAULT_SECONDS:g})",
+    )
+    profiled.add_argument(
+        "--graph-kernels", action="store_true", help="nsys: trace kernels within CUDA graphs, each of which then takes longer"
+    )
+    profiled.add_argument("argv", nargs="+", metavar="COMMAND", help="behind --, with its arguments")
+    profiled.set_defaults(run=_profile)
 
     for command in (generate, inspect):
         command.add_argument(
@@ -231,6 +257,13 @@ def _inspect(args: argparse.Namespace) -> int:
     found = identify(args.checkpoint, not args.no_ema)
     print(report(found))
     return int(found.system is None or found.differences > 0)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    status, summary = profile.profile(args.argv, args.out, args.tool, args.seconds, args.graph_kernels)
+    if summary is not None:
+        print(f"\n{profile.report(summary)}\n\nwritten: {args.out / 'summary.json'}, {args.out / 'raw'}")
+    return status
 
 
 def _kinds(args: argparse.Namespace, model: Model, of_the_demo: bool) -> list[Kind]:
@@ -353,11 +386,22 @@ def _image_size(text: str) -> tuple[int, int]:
 
 def _device(text: str) -> torch.device:
     try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
+        device = usable_device("device", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if device.type == "meta":
+        raise argparse.ArgumentTypeError(f"expected a device that computes, got {text!r}")
     return device
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
 
 
 def _positive(text: str) -> int:

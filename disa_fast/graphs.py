@@ -167,7 +167,7 @@ class Graphs:
                 self.eager += 1
                 return None
             fill(entry.buffers)
-            with profiling.range("replay {}", key):
+            with profiling.range(profiling.REPLAY, key):
                 entry.replay()
             copied = result(entry.buffers)
             self._release(entry.arena)
@@ -202,7 +202,7 @@ class Graphs:
                 arena = self._arena_of(size)
                 buffers = cut(arena, layout)
             fill(buffers)
-            with profiling.range("capture {}", key):
+            with profiling.range(profiling.CAPTURE, key):
                 replay, own_bytes = self._capture_loop(lambda: loop(buffers))
         except RuntimeError as error:  # out of memory, or something that another thread did on this device and no capture survives
             self.failures += 1

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import profiling
 from ..heads import mlp
 from ..solvers import StepTable
 
@@ -74,21 +75,22 @@ def denoise(
     state = noise.clone(memory_format=torch.contiguous_format)
     if step_noise is not None:
         step_noise = step_noise.contiguous()
-    _C.mlp_denoise(
-        weights=w.native,
-        steps=len(table),
-        **{name: getattr(table, name).ctypes.data for name in ("a", "b", "c", "l0", "l1", "noisy")},
-        times=times.data_ptr(),
-        conditions=conditions.data_ptr(),
-        step_noise=0 if step_noise is None else step_noise.data_ptr(),
-        state=state.data_ptr(),
-        trajectories=len(state),
-        guided=cfg != 1.0,
-        cfg=cfg,
-        temperature=temperature,
-        isa=instruction_set(),
-        threads=torch.get_num_threads(),
-    )
+    with profiling.range(profiling.CPU_CORE):
+        _C.mlp_denoise(
+            weights=w.native,
+            steps=len(table),
+            **{name: getattr(table, name).ctypes.data for name in ("a", "b", "c", "l0", "l1", "noisy")},
+            times=times.data_ptr(),
+            conditions=conditions.data_ptr(),
+            step_noise=0 if step_noise is None else step_noise.data_ptr(),
+            state=state.data_ptr(),
+            trajectories=len(state),
+            guided=cfg != 1.0,
+            cfg=cfg,
+            temperature=temperature,
+            isa=instruction_set(),
+            threads=torch.get_num_threads(),
+        )
     return state
 
 
@@ -177,16 +179,17 @@ def linear(layer: _C.Linear, x: Tensor, silu: bool = False) -> Tensor:
     """x @ weight^T + bias, through SiLU or not. x: [rows, k or more] float32; the result has the layer's padded columns."""
     x = F.pad(x, (0, max(0, layer.k - x.shape[1]))).contiguous()
     out = torch.empty(len(x), layer.columns, device="cpu")  # also where another device is the default
-    _C.linear(
-        linear=layer,
-        input=x.data_ptr(),
-        stride=x.shape[1],
-        rows=len(x),
-        silu=silu,
-        out=out.data_ptr(),
-        isa=instruction_set(),
-        threads=torch.get_num_threads(),
-    )
+    with profiling.range(profiling.CPU_CORE):
+        _C.linear(
+            linear=layer,
+            input=x.data_ptr(),
+            stride=x.shape[1],
+            rows=len(x),
+            silu=silu,
+            out=out.data_ptr(),
+            isa=instruction_set(),
+            threads=torch.get_num_threads(),
+        )
     return out
 
 

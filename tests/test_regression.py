@@ -1,0 +1,178 @@
+"""bench/regression.py: what it takes for slower, and what it does not. Numbers of real runs: bench/results/regression.json."""
+
+import json
+import math
+import random
+import re
+import statistics
+
+import pytest
+import regression
+import turns
+from regression import BOUND, Verdict
+
+RESULTS = regression.ROOT / "bench" / "results"
+
+
+@pytest.mark.parametrize(("n", "ranks"), [(5, (1, 5)), (6, (1, 6)), (10, (2, 9)), (41, (14, 28)), (100, (40, 61))])
+def test_the_interval_of_a_median_is_that_of_the_tables(n, ranks):
+    """Order statistics for 95 %, one-based, as in tables of the sign test; five samples cannot give more than their range."""
+    samples = [float(x) for x in range(1, n + 1)]
+    random.Random(0).shuffle(samples)
+    assert turns.interval(samples) == (ranks[0], statistics.median(samples), ranks[1])
+
+
+def test_interrupted_pairs_do_not_count(monkeypatch):
+    switches = iter([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])  # before and after each turn: the second and the fourth are interrupted
+    monkeypatch.setattr(turns.resource, "getrusage", lambda who: type("Usage", (), {"ru_nivcsw": next(switches)}))
+    calls = []
+    found, interrupted = turns.pairs(lambda: calls.append("base"), lambda: calls.append("other"), 3)
+    assert calls == ["base", "other"] * 5
+    assert (len(found), interrupted) == (3, 2)
+
+
+def test_all_pairs_count_where_too_few_are_calm(monkeypatch):
+    count = iter(range(100))
+    monkeypatch.setattr(turns.resource, "getrusage", lambda who: type("Usage", (), {"ru_nivcsw": next(count)}))
+    found, interrupted = turns.pairs(lambda: None, lambda: None, 3)
+    assert len(found) == interrupted == 12
+
+
+def test_a_planted_slowdown_is_as_long_as_it_says(monkeypatch):
+    clock = [0.0]
+
+    def perf_counter():
+        clock[0] += 1e-6
+        return clock[0]
+
+    def work():
+        clock[0] += 0.01
+
+    monkeypatch.setattr(turns.time, "perf_counter", perf_counter)
+    ((base, other),), _ = turns.pairs(work, work, 1, slowed=0.15)
+    assert other / base == pytest.approx(1.15, rel=1e-3)
+
+
+def made_up(baseline: dict[str, float], slowdowns: dict[str, float], seed: int, scatter: float = 0.03):
+    """Stands in for `measure`: each process sees the true ratio off by a few percent, as recorded runs are."""
+    noise = random.Random(seed)
+
+    def measure(cases=(), pairs=None, environment=None):
+        names = cases or baseline
+        over = {name: baseline[name] / (1 + slowdowns.get(name, 0.0)) * math.exp(noise.gauss(0, scatter)) for name in names}
+        return {"benchmarks": [{"params": {"name": name}, "extra_info": {"over_eager": over[name]}} for name in names]}
+
+    return measure
+
+
+BASELINE = {"a": 9.0, "b": 5.0, "c": 2.0, "d": 1.5}
+
+
+def test_unchanged_code_passes_and_a_slowdown_does_not(monkeypatch):
+    for seed in range(50):
+        monkeypatch.setattr(regression, "measure", made_up(BASELINE, {}, seed))
+        assert not any(verdict.failed for verdict in regression.check(BASELINE))
+    caught = 0
+    for seed in range(50):
+        monkeypatch.setattr(regression, "measure", made_up(BASELINE, {"b": 0.15}, seed))
+        failed = [verdict.case for verdict in regression.check(BASELINE) if verdict.failed]
+        assert set(failed) <= {"b"}
+        caught += failed == ["b"]
+    assert caught >= 45
+
+
+def test_one_bad_process_is_no_regression(monkeypatch):
+    processes = iter([made_up(BASELINE, {"c": 0.4}, 0, 0.0), made_up(BASELINE, {}, 1, 0.0), made_up(BASELINE, {}, 2, 0.0)])
+    monkeypatch.setattr(regression, "measure", lambda *how, **more: next(processes)(*how, **more))
+    verdicts = {verdict.case: verdict for verdict in regression.check(BASELINE)}
+    assert len(verdicts["c"].now) == 3
+    assert len(verdicts["a"].now) == 1
+    assert not any(verdict.failed for verdict in verdicts.values())
+
+
+def test_a_case_that_is_gone_fails(monkeypatch):
+    monkeypatch.setattr(regression, "measure", made_up({"a": 9.0}, {}, 0, 0.0))
+    verdicts = regression.check({"a": 9.0, "b": 5.0})
+    assert [verdict.case for verdict in verdicts if verdict.failed] == ["b"]
+    assert "not measured" in regression.report(verdicts)
+
+
+def test_the_report_names_what_lost_how_much():
+    verdicts = [Verdict("a", 9.0, (9.1,), BOUND), Verdict("b", 5.0, (4.0, 4.1, 4.9), BOUND), Verdict("c", 2.0, (2.6,), BOUND)]
+    text = regression.report(verdicts)
+    assert re.search(r"^b +5\.00x +4\.00x, 4\.10x, 4\.90x +\+22\.0% +SLOWER$", text, re.MULTILINE)
+    assert re.search(r"^c .* faster$", text, re.MULTILINE)
+    assert text.endswith("1 of 3 cases lost more than 10%")
+    assert regression.report(verdicts[:1]).endswith("no case lost more than 10%")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """A machine without a baseline, in a repository of its own."""
+    monkeypatch.setattr(regression, "ROOT", tmp_path)
+    monkeypatch.setattr(regression, "BASELINES", tmp_path / "bench" / "baselines")
+
+
+def test_baseline_then_check(monkeypatch, capsys, elsewhere):
+    cases = dict.fromkeys(regression.QUICK, 3.0)
+    record = made_up(cases, {}, 0)
+
+    def measure(*how, **more):
+        return record(*how, **more) | {"commit_info": {"id": "0123"}}
+
+    monkeypatch.setattr(regression, "measure", measure)
+    assert regression.main(["check"]) == 2
+    assert "make bench-baseline" in capsys.readouterr().err
+    assert regression.main(["check", "--quick"]) == 0  # faster than eager
+    assert regression.main(["baseline"]) == 0
+    assert regression.main(["check"]) == 0
+    written = json.loads(regression.baseline_path().read_text())
+    assert written["commit"] == "0123"
+    for case in written["cases"].values():
+        assert len(case["runs"]) == regression.PROCESSES
+        assert case["over_eager"] == statistics.median(case["runs"])
+    record = made_up(cases, {regression.QUICK[0]: 0.3}, 1)
+    assert regression.main(["check"]) == 1
+    assert regression.main(["check", "--bound", "0.5"]) == 0
+    assert regression.main(["check", "--quick"]) == 0
+    record = made_up(cases, {regression.QUICK[0]: 2.5}, 2)
+    assert regression.main(["check", "--quick"]) == 1
+
+
+def test_what_slower_than_eager_fails_also_without_a_baseline(monkeypatch, elsewhere):
+    cases = dict.fromkeys(regression.QUICK, 3.0) | {regression.QUICK[1]: 0.9}
+    monkeypatch.setattr(regression, "measure", made_up(cases, {}, 0, 0.0))
+    assert regression.main(["check", "--quick"]) == 1
+
+
+def test_machines_of_a_class_share_a_file():
+    machine = {"cpu": "AMD EPYC", "threads": 2, "cpu_capability": "AVX512", "torch": "2.13.0+cpu"}
+    assert regression.machine_class(machine) == "amd-epyc-avx512-2-threads"
+    assert regression.machine_class(machine | {"gpu": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.native
+def test_a_case_measured_in_earnest():
+    record = regression.measure(["width 256, 2 rows, cpu"], pairs=5)
+    (run,) = record["benchmarks"]
+    low, high = run["extra_info"]["interval"]
+    assert low <= run["extra_info"]["over_eager"] <= high
+    assert run["extra_info"]["pairs"] >= 5
+    assert regression.ratios(record)["width 256, 2 rows, cpu"] > 1
+
+
+def test_the_recorded_proof():
+    """Ten checks of unchanged code, and slowdowns on purpose, on the machine whose baseline is committed."""
+    proof = json.loads((RESULTS / "regression.json").read_text())
+    baseline = json.loads((regression.BASELINES / f"{regression.machine_class(proof['machine'])}.json").read_text())
+    assert proof["bound"] == BOUND
+    assert set(proof["cases"]) == set(baseline["cases"])
+    assert len(proof["unchanged"]) == proof["unchanged_runs"] == 10
+    assert proof["unchanged_failures"] == 0
+    for run in proof["unchanged"]:
+        assert set(run["slowdowns"]) == set(baseline["cases"])
+        assert max(run["slowdowns"].values()) <= BOUND
+    planted = proof["planted"][0]
+    assert planted["slowdown"] == 0.15
+    assert {name for name, slowdown in planted["slowdowns"].items() if slowdown > BOUND} == set(planted["failed"])
+    assert planted["cases_caught"] == len(planted["failed"]) > 0
