@@ -74,7 +74,7 @@ bench-report: $(INSTALLED)
 soak: $(INSTALLED)
 	$(BIN)/python -m bench.soak --calls 100000 --json bench/results/soak.json
 fuzz: $(INSTALLED)
-	$(BIN)/pytest tests/test_fuzz.py --hypothesis-profile=thorough
+	$(BIN)/pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 	$(BIN)/pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python tests/fuzz_checkpoint.py -atheris_runs=10000
 

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from disa_fast.demo.run import cpu_name
+from disa_fast.collect_env import cpu_name
 
 
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:

@@ -36,7 +36,7 @@ from disa_fast import MLPHead, backends, solvers
 from disa_fast.files import written_aside
 from disa_fast.heads.mlp import MLPSpec
 
-from . import probes
+from . import probes, soak
 from .counts import mlp_work
 from .images import FLOW_SETTINGS, Images
 from .peers import captured, published_loop, published_step
@@ -59,6 +59,8 @@ STEPS = 10  # of a call; half of them for many rows
 TURNS = 5  # each contestant is called so often, in turns
 SLACK = 20  # seconds that should be left when something begins
 SANITIZER_SECONDS = 60  # for each of its tools
+SOAK_CALLS, SOAK_SECONDS = 5000, 60  # whichever comes first
+SOAKED = ("cuda", "triton")
 COMPILE_SECONDS = 120  # that should be left when the network of a whole image is to be compiled
 OURS = "cuda bfloat16"
 FLOW_OURS = "triton bfloat16"
@@ -87,6 +89,7 @@ class Report:
     images: list[dict] = field(default_factory=list)
     flow_images: list[dict] = field(default_factory=list)
     sanitizer: dict[str, str] = field(default_factory=dict)
+    soaked: dict = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -120,6 +123,7 @@ class Report:
         for measure, size, count in first:
             getattr(self, measure)(size, count)
         self.sanitize()
+        self.soak()
         for measure, size, count in then:
             getattr(self, measure)(size, count)
         for rows in COMPILED:
@@ -347,6 +351,26 @@ class Report:
                     raise ArithmeticError(said)
         self.write()
 
+    def soak(self) -> None:
+        """Many small calls at random: their bits, and memory; see soak.py."""
+        if self.out_of_time("soak"):
+            return
+        why_not = backends.survey(MLPSpec(16, 1024, 1, 64), torch.bfloat16, DEVICE, 4)
+        self.skipped += [f"soak, {name}: {why_not[name]}" for name in SOAKED if why_not[name] is not None]
+        able = [name for name in SOAKED if why_not[name] is None]
+        if not able:
+            return
+        print()
+        with self.surviving("soak"):
+            limit = min(SOAK_SECONDS, self.deadline - time.monotonic() - SLACK / 2)
+            result = soak.Soak(SOAK_CALLS, device=DEVICE.type, names=able, dtypes=("bfloat16",), seconds=limit).run()
+            soak.report(result)
+            self.soaked = {name: value for name, value in result.items() if name != "samples"}
+            self.failures += [f"soak: {line}" for line in soak.wrong(result)]
+            if not result["verdicts"]:
+                self.skipped.append(f"soak: {soak.TOO_FEW}")
+        self.write()
+
     # What becomes of it ----------------------------------------------------------------------------------------------
 
     def out_of_time(self, what: str, needed: float = SLACK) -> bool:
@@ -386,6 +410,7 @@ class Report:
             "targets": targets(self.steps, self.images, self.flow_images),
             "phases": phases(self.steps, self.peaks),
             "sanitizer": self.sanitizer,
+            "soak": self.soaked,
             "skipped": self.skipped,
             "failures": self.failures,
         }

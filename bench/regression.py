@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from disa_fast.demo.run import cpu_name
+from disa_fast.collect_env import cpu_name
 from disa_fast.files import written_aside
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -59,18 +59,21 @@ CALLERS = (1, 1, 4)  # threads that call, one of these
 FIXED = 200  # calls that are repeated
 SAMPLES = 100
 WARM_UP = 0.05  # of the run; what is measured in it does not count
+SETTLED = 10_000  # calls, before which resident memory says nothing: allocators and libraries take what they will keep
 MIN_SAMPLES = 10  # without so many there is no telling
 LIBRARY = ("hoisted", "reference")  # on a CPU their bits depend on the number of threads, also on that at the time of laying out
 CACHES = {  # PyTorch's on a CPU, of code for each shape of a product: by default 1024 in each, which take some 600 MB to fill
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     "LRU_CACHE_CAPACITY": "16",
 }
+TOO_FEW = "too few calls to tell whether memory is flat"
 MAX_FAILURES = 10  # ends the run
 
 # By how much memory may be more at the end than at the beginning
 RSS_BYTES, RSS_BYTES_PER_CALL = 4 << 20, 32
 KEPT_TENSORS = 400  # while nothing is laid out anew: of the tables of steps, which are kept up to a number, and still come in
-GPU_BYTES = 32 << 20  # reserved, which comes in blocks of up to 20 MiB
+GPU_RESERVED = 64 << 20  # while nothing is laid out anew; it comes in blocks of 20 MiB
+GPU_ALLOCATED = 1 << 20  # when all is forgotten
 
 
 @dataclass(frozen=True)
@@ -181,10 +184,12 @@ class Soak:
             backend: [(name, dtype) for name in SPECS for dtype in dtypes if self.serves(backend, name, dtype)]
             for backend in (BACKENDS[self.device.type] if names is None else names)
         }
+        if names is None:
+            self.able = {backend: able for backend, able in self.able.items() if able}
         for backend, able in self.able.items():
             if not able:
                 raise ValueError(f"backends: expected some that serve on {self.device} in one of {list(dtypes)}, got {backend!r}")
-        self.fixed = [self.new_call() for _ in range(min(FIXED, calls // 10))]
+        self.fixed = [self.new_call() for _ in range(max(1, min(FIXED, calls // 40)))]
         self.repeated = frozenset(self.fixed)
         self.first: dict[tuple[Call, int, int], bytes] = {}
         self.samples: list[dict[str, Any]] = []
@@ -277,6 +282,9 @@ class Soak:
         for subject in self.subjects.values():
             subject.head.refresh()
         flow.coefficients.cache_clear()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch._C._cuda_clearCublasWorkspaces()  # one for each stream that there was; no graph is left that would need one
         return measured(self.device)
 
     def make(self, calls: Sequence[Call], threads: int, callers: int) -> None:
@@ -374,25 +382,30 @@ def measured(device: torch.device) -> dict[str, int]:
 
 
 def verdicts(samples: list[dict[str, Any]], left_before: dict[str, int], left_after: dict[str, int]) -> list[dict[str, Any]]:
-    """Each with what grew, by how much, what is allowed, and whether that holds. None if there are too few samples."""
+    """Each with what grew, by how much, what is allowed, and whether that holds. None if there are too few samples; none of
+    resident memory if there are too few calls."""
     counted = [sample for sample in samples if sample["phase"] != "warm-up"]
     steady = [sample for sample in counted if sample["phase"] == "steady"]
     if len(steady) < MIN_SAMPLES:
         return []
-    calls = counted[-1]["calls"] - counted[0]["calls"]
-    fitted = statistics.linear_regression([s["calls"] for s in counted], [s["rss"] for s in counted]).slope * calls
-    rss = RSS_BYTES + RSS_BYTES_PER_CALL * calls
     found = [
-        ("resident bytes, fitted over the run", fitted, rss),
-        ("resident bytes, last tenth over first", growth(counted, "rss"), rss),
         ("tensors while nothing is laid out anew, last tenth over first", growth(steady, "tensors"), KEPT_TENSORS),
         ("tensors left when all is forgotten", left_after["tensors"] - left_before["tensors"], 0),
         ("threads, last tenth over first", growth(counted, "threads"), 0),
         ("open files, last tenth over first", growth(counted, "files"), 0),
     ]
+    settled = [sample for sample in counted if sample["calls"] > SETTLED]
+    if len(settled) >= MIN_SAMPLES:
+        calls = settled[-1]["calls"] - settled[0]["calls"]
+        line = statistics.linear_regression([sample["calls"] for sample in settled], [sample["rss"] for sample in settled])
+        allowed = RSS_BYTES + RSS_BYTES_PER_CALL * calls
+        found.append(("resident bytes, fitted over the run", line.slope * calls, allowed))
+        found.append(("resident bytes, last tenth over first", growth(settled, "rss"), allowed))
     if "reserved" in left_after:
-        found.append(("GPU bytes reserved, last tenth over first", growth(counted, "reserved"), GPU_BYTES))
-        found.append(("GPU bytes allocated when all is forgotten", left_after["allocated"] - left_before["allocated"], 0))
+        what = "GPU bytes reserved while nothing is laid out anew, last tenth over first"
+        found.append((what, growth(steady, "reserved"), GPU_RESERVED))
+        left = left_after["allocated"] - left_before["allocated"]
+        found.append(("GPU bytes allocated when all is forgotten", left, GPU_ALLOCATED))
     return [{"what": what, "grew": grew, "allowed": allowed, "holds": grew <= allowed} for what, grew, allowed in found]
 
 
@@ -403,8 +416,10 @@ def growth(samples: list[dict[str, Any]], name: str) -> float:
     return statistics.median(last) - statistics.median(first)
 
 
-def is_sound(result: dict[str, Any]) -> bool:
-    return bool(result["verdicts"]) and not result["failures"] and all(verdict["holds"] for verdict in result["verdicts"])
+def wrong(result: dict[str, Any]) -> list[str]:
+    """What is wrong, a line each: calls, then what grew."""
+    grown = [verdict for verdict in result["verdicts"] if not verdict["holds"]]
+    return result["failures"] + [f"{each['what']}: {each['grew']:+,.0f}, allowed {each['allowed']:,.0f}" for each in grown]
 
 
 def report(result: dict[str, Any]) -> None:
@@ -412,13 +427,12 @@ def report(result: dict[str, Any]) -> None:
     for name, value in result.items():
         if name not in ("samples", "verdicts", "failures"):
             print(f"{name}: {value}")
-    if not result["verdicts"]:
-        print("too few calls to tell whether memory is flat")
     for verdict in result["verdicts"]:
-        holds = "holds" if verdict["holds"] else "FAILED"
-        print(f"{holds}: {verdict['what']}: {verdict['grew']:+,.0f}, allowed {verdict['allowed']:,.0f}")
-    for failure in result["failures"]:
-        print(f"FAILED: {failure}")
+        print(f"{verdict['what']}: {verdict['grew']:+,.0f}, allowed {verdict['allowed']:,.0f}")
+    if not result["verdicts"]:
+        print(TOO_FEW)
+    for line in wrong(result):
+        print(f"FAILED: {line}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -437,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         with written_aside(options.json) as aside:
             aside.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if is_sound(result) else 1
+    return 1 if wrong(result) or not result["verdicts"] else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from host_gpu import ROOT
 
 from disa_fast.backends import cuda, cuda_check, hoisted, triton
+from disa_fast.heads.mlp import MLPSpec
 
 MINUTE = 60_000_000_000  # nanoseconds
 
@@ -43,8 +44,12 @@ def measure(monkeypatch):
         "launches": lambda call: 12,
         "measured_peaks": lambda: {"HBM GB/s": 50.0, "L2 GB/s": 100.0, "bfloat16 TFLOP/s": 0.5, "TF32 TFLOP/s": 0.5},
         "iterations": lambda: [(1, 2), (2, 1)],
+        "SOAK_CALLS": 20,
     }.items():
         monkeypatch.setattr(measure, name, value)
+    tiny = {"MLP": (MLPSpec(16, 32, 1, 32), torch.bfloat16)}
+    for name, value in {"SPECS": tiny, "STEPS": (1,), "ROWS": (2,), "CALLERS": (1,), "SAMPLES": 10, "MIN_SAMPLES": 2}.items():
+        monkeypatch.setattr(measure.soak, name, value)
     images = measure.Images
     settings = importlib.import_module("bench.images").SETTINGS
     for name in measure.FLOW_SETTINGS:
@@ -102,7 +107,7 @@ def test_every_contestant_is_timed_and_written(measure, persistent, tmp_path, ca
     result = json.loads((tmp_path / "nvidia_x1_test.json").read_text())
     assert set(result) == {
         "gpu", "date", "commit", "versions", "tests", "peaks", "steps", "images", "flow_images", "targets", "phases", "sanitizer",
-        "skipped", "failures",
+        "soak", "skipped", "failures",
     }  # fmt: skip
     assert [(entry["size"], entry["rows"]) for entry in result["steps"]] == [("MAR-L", 8), ("MAR-B", 2), ("MAR-H", 2)]
     assert {"HBM GB/s", "launch us", "graph node us", "barrier us", "exchange 8 x 1024 us", "barrier exchange 8 x 1024 us"} <= set(
@@ -138,6 +143,9 @@ def test_every_contestant_is_timed_and_written(measure, persistent, tmp_path, ca
     assert "MAR-B, 1 image, the head's part of all steps (on an H200)" in measured
     assert len(measured) == 7
     assert result["skipped"] == ["compute-sanitizer: is not on this machine"]
+    assert result["soak"]["calls"] == sum(result["soak"]["calls_by_backend"].values()) == 20
+    assert set(result["soak"]["calls_by_backend"]) == {"cuda", "triton"}
+    assert all(verdict["holds"] for verdict in result["soak"]["verdicts"])
     assert (tmp_path / "nvidia_x1_test.png").stat().st_size > 10000
     printed = capsys.readouterr().out
     assert "MAR-H, 2 rows guided" in printed
@@ -329,6 +337,48 @@ esac
     report = measure.Report(time.monotonic(), tmp_path, "passed")
     report.sanitize()
     assert report.skipped == [f"compute-sanitizer {check}: out of time" for check in ("memcheck", "racecheck", "synccheck")]
+
+
+# The soak --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_soak_finds_is_a_failure(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "SOAKED", ("hoisted",))
+    right, kept = measure.MLPHead.denoise, []
+
+    def denoise(*arguments, **how):
+        kept.append(right(*arguments, **how))
+        return kept[-1] + torch.nan if len(kept) == 5 else kept[-1]
+
+    monkeypatch.setattr(measure.MLPHead, "denoise", denoise)
+    report = measure.Report(time.monotonic() + 1000, tmp_path, "passed")
+    report.soak()
+    of_a_call, of_memory = report.failures
+    assert of_a_call.startswith("soak: 32 of 32 numbers are not finite; call 5, ")
+    assert of_memory.startswith("soak: tensors left when all is forgotten: +")
+    assert json.loads((tmp_path / "nvidia_x1_test.json").read_text())["soak"] == report.soaked
+    assert report.soaked["calls"] == len(kept) == 20
+    assert "samples" not in report.soaked
+
+
+def test_a_soak_that_cannot_be_is_skipped(measure, tmp_path, monkeypatch):
+    def said(soaked):
+        monkeypatch.setattr(measure, "SOAKED", soaked)
+        report = measure.Report(time.monotonic() + 1000, tmp_path, "passed")
+        report.soak()
+        assert report.failures == []
+        return report.skipped, report.soaked.get("calls")
+
+    monkeypatch.setattr(triton, "refuses", lambda *call: "not today")
+    assert said(("cuda", "triton")) == (["soak, cuda: not today", "soak, triton: not today"], None)
+    assert said(("triton", "hoisted")) == (["soak, triton: not today"], 20)
+    monkeypatch.setattr(measure, "SOAK_SECONDS", 0)
+    skipped, calls = said(("hoisted",))
+    assert skipped == ["soak: too few calls to tell whether memory is flat"]
+    assert calls == 0
+    report = measure.Report(time.monotonic(), tmp_path, "passed")
+    report.soak()
+    assert report.skipped == ["soak: out of time"]
 
 
 def test_on_a_machine_without_a_gpu():
