@@ -5,12 +5,14 @@ a fixed set, each of which must give the bits of its first run, whatever ran bef
 several threads at once, with one or two threads for arithmetic. In the first half of the run parameters change now and then, in
 place and back, or a head is made anew. In the second half nothing is, so that what a head would keep of each call shows.
 
-The exit status is 1 if anything is wrong; the calls concerned are printed so that `replay` takes them. Needs Linux.
+The exit status is 1 if anything is wrong; the calls concerned are printed so that `replay` takes them. Needs Linux with
+glibc.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import functools
 import gc
@@ -230,9 +232,12 @@ class Soak:
     def run(self) -> dict[str, Any]:
         """What came of it, as plain values. Something is wrong if there are `failures`, or a verdict does not hold."""
         self.began, threads = time.monotonic(), torch.get_num_threads()
+        gc.collect()
+        gc.freeze()  # what is there already is not looked at again and again
         try:
             left = self.everything()
         finally:
+            gc.unfreeze()
             torch.set_num_threads(threads)
         return self.result(verdicts(self.samples, *left) if len(left) == 2 else [])
 
@@ -364,9 +369,10 @@ class Soak:
 
 
 def measured(device: torch.device) -> dict[str, int]:
-    """Of this process, after a garbage collection: resident bytes, live tensors, threads, open files; on a GPU bytes allocated and
-    reserved, without what the allocator has in stock."""
+    """Of this process, after a garbage collection: resident bytes, live tensors that are not frozen, threads, open files; on a GPU
+    bytes allocated and reserved. Allocators give back what they have in stock before."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     process = Path("/proc/self")
     found = {
         "rss": int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),

@@ -82,7 +82,7 @@ def positive(name: str, value: object) -> float:
 
 
 def check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 

@@ -369,7 +369,7 @@ def _prompts(path: str) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         entries = json.loads(text) if path.endswith(".json") else text.splitlines()
         prompts = [entry["prompt"] if isinstance(entry, dict) else entry for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"cannot read prompts from {path!r}: {type(error).__name__}: {error}") from None
     prompts = [prompt.strip() if isinstance(prompt, str) else prompt for prompt in prompts]
     if not all(isinstance(prompt, str) for prompt in prompts) or not any(prompts):

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 import disa_fast
 from disa_fast import FlowTransformerHead, MLPHead, Philox, UnsupportedError, checkpoint, cli, models, solvers, vae
+from disa_fast.backends import cpu
+from disa_fast.demo.captions import VOCABULARY, every_prompt, make_tokenizer
 from disa_fast.heads.flow_transformer import FlowTransformerSpec
 from disa_fast.heads.mlp import MLPSpec
 from disa_fast.identify import identify
@@ -144,7 +146,7 @@ FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DTYPES = [*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
 
 
-def made(shape, dtype, kind="plain", seed=0):
+def made(shape, dtype=torch.float32, kind="plain", seed=0):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     if dtype in (torch.int64, torch.int32, torch.uint8):
         x = x.abs().mul(4).floor()
@@ -225,8 +227,8 @@ HEADS = {
     for dtype in FLOATS
 }
 CALLS = {
-    MLPHead: {"z": made((4, 10), torch.float32), "table": solvers.ddpm(4), "cfg": 3.0},
-    FlowTransformerHead: {"z": made((2, 4, 10), torch.float32), "table": solvers.flow_euler_maruyama(3), "cfg": 3.0},
+    MLPHead: {"z": made((4, 10)), "table": solvers.ddpm(4), "cfg": 3.0},
+    FlowTransformerHead: {"z": made((2, 4, 10)), "table": solvers.flow_euler_maruyama(3), "cfg": 3.0},
 }
 
 
@@ -277,9 +279,43 @@ ARGUMENTS = {
 }
 
 
+@found(
+    ("MLPHead in torch.float32", {"generator": 3}),
+    ("MLPHead in torch.float32", {"generator": torch.zeros(2)}),
+    ("MLPHead in torch.float32", {"backend": ["cpu"]}),
+    ("MLPHead in torch.float32", {"batch_invariant": torch.zeros(2)}),
+    ("MLPHead in torch.float32", {"dtype": torch.float8_e4m3fn}),
+    ("MLPHead in torch.float32", {"cfg": 10**400}),
+    ("MLPHead in torch.float32", {"cfg": torch.tensor(3.0, requires_grad=True)}),
+    ("MLPHead in torch.float32", {"cfg": torch.tensor(3.0, device="meta")}),
+    ("MLPHead in torch.float32", {"cfg": np.array([3.0])}),
+    ("MLPHead in torch.float32", {"z": made((4, 10), torch.float32, "sparse")}),
+    ("MLPHead in torch.float32", {"noise": made((4, 16), torch.float32, "sparse")}),
+    ("FlowTransformerHead in torch.float32", {"z": torch.zeros(2, 0, 10)}),
+    ("FlowTransformerHead in torch.float32", {"z": made((2, 4, 10), torch.float32, "sparse")}),
+    ("FlowTransformerHead in torch.float32", {"step_noise": made((3, 1, 4, 16), torch.float64, "sparse")}),
+    ("FlowTransformerHead in torch.float32", {"generator": "seed"}),
+    ("FlowTransformerHead in torch.float32", {"temperature": torch.tensor(1j)}),
+)
 @fuzz(210, {name: ARGUMENTS[type(head)] for name, head in HEADS.items()})
 def test_denoise(case):
     denoise(*case)
+
+
+@pytest.mark.parametrize("kind", ["strided", "transposed", "conjugated", "gradient", "parameter", "subclass", "inference"])
+@pytest.mark.parametrize("backend", ["cpu", "hoisted", "reference"])
+@pytest.mark.parametrize("name", ["MLPHead in torch.float32", "FlowTransformerHead in torch.float32"])
+def test_how_a_tensor_lies_in_memory_is_of_no_account(name, backend, kind):
+    head = HEADS[name]
+    if backend == "cpu" and (isinstance(head, FlowTransformerHead) or not cpu.is_built()):
+        pytest.skip("not served")
+    call, change = CALLS[type(head)], KINDS[kind]
+    rows, shape = len(call["z"]) // 2, (*call["z"].shape[1:-1], 16)
+    given = {"z": call["z"], "noise": made((rows, *shape)), "step_noise": made((len(call["table"]), rows, *shape))}
+    out = head.denoise(**call | given, backend=backend)
+    changed = {name: change(tensor) for name, tensor in given.items()}
+    assert all(torch.equal(changed[name], tensor) for name, tensor in given.items())
+    assert torch.equal(head.denoise(**call | changed, backend=backend), out)
 
 
 def parameters(spec):
@@ -289,6 +325,14 @@ def parameters(spec):
     return st.lists(change, min_size=1, max_size=2).map(dict)
 
 
+@found(
+    ("MLPHead", {"sd": None}),
+    ("MLPHead", {"sd": {3: torch.zeros(2)}}),
+    ("MLPHead", {"sd": {"input_proj.bias": torch.zeros(24, device="meta")}}),
+    ("MLPHead", {"sd": {"input_proj.bias": torch.zeros(24, dtype=torch.float8_e4m3fn)}}),
+    ("MLPHead", {"sd": {"input_proj.weight": made((24, 16), torch.float32, "sparse")}}),
+    ("FlowTransformerHead", {"prefix": 3}),
+)
 @fuzz(
     50,
     {
@@ -309,6 +353,10 @@ def test_state_dicts(case):
         outcome(head.denoise, {"z": z, "table": solvers.flow_euler(2)})
 
 
+@found(
+    ("MLPHead", {"net": None}),
+    ("FlowTransformerHead", {"net": {}}),
+)
 @fuzz(10, {kind.__name__: {"net": anything()} for kind in SPECS})
 def test_modules(case):
     which, broken = case
@@ -328,6 +376,14 @@ WARMUP = {
 }
 
 
+@found(
+    ("warmup", {"K": "2"}),
+    ("warmup", {"rows": 3.5}),
+    ("warmup", {"rows": np.array(2)}),
+    ("warmup", {"rows": 2**63}),
+    ("warmup", {"rows": 3}),
+    ("warmup", {"dtype": 0}),
+)
 @fuzz(30, {"warmup": WARMUP})
 def test_warmup(case):
     head = HEADS["MLPHead in torch.float32"]
@@ -351,6 +407,16 @@ POSITION = {"k": either(0, 1, 3, -1, 10**400, np.int8(3)), "K": either(1, 4, 10*
 VALID = {"Constant": {"steps": 9}, "StepList": {"steps": [9, 8, 8, 7]}, "parse_schedule": {"text": "linear:50-5"}}
 
 
+@found(
+    ("Linear", {"early": 10**400}),
+    ("Linear", {"K": 10**400, "k": 10**399}),
+    ("Linear", {"k": "1"}),
+    ("Linear", {"k": 0.5}),
+    ("Linear", {"rounding": ["mar"]}),
+    ("Cosine", {"early": np.uint8(250), "late": np.uint8(2)}),
+    ("StepList", {"steps": 3}),
+    ("parse_schedule", {"text": "linear:" + "9" * 400 + "-5"}),
+)
 @fuzz(60, {name: arguments | POSITION for name, arguments in MADE.items()})
 def test_schedules(case):
     which, broken = case
@@ -366,6 +432,13 @@ STEPS = {"steps": either(1, 2, 50, 1000, 1001, np.int64(7), np.uint8(200))}
 CLIP = {"clip": either(None, 950, 0, 999, 10**30, -1, np.int64(900), np.uint8(200))}
 
 
+@found(
+    ("ddpm", {"clip": 10**30}),
+    ("ddim", {"steps": 1, "clip": 10**30}),
+    ("dpm_solver", {"steps": np.uint8(255)}),
+    ("dpm_solver", {"plus_plus": torch.zeros(2)}),
+    ("flow_euler", {"grid": np.array(["x", "y"])}),
+)
 @fuzz(
     50,
     {
@@ -388,6 +461,11 @@ def test_solvers(case):
 SOLVER = {"solver": either(*solvers.NAMES, *solvers.FLOW_NAMES, solvers.ddpm)}
 
 
+@found(
+    ("resolve", {"solver": ["ddpm"]}),
+    ("resolve", {"clip": np.zeros(2)}),
+    ("resolve_flow", {"grid": ["uniform"]}),
+)
 @fuzz(
     20,
     {
@@ -410,6 +488,15 @@ COLUMNS["l0"] = mostly(NUMBERS | st.just(np.full(3, -np.inf)))
 COLUMNS["noisy"] = either(np.ones(3, bool), np.zeros(3, bool), np.array([True, False, True]), [True] * 3)
 
 
+@found(
+    ("StepTable", {"t": 3}),
+    ("StepTable", {"t": np.array(0.5)}),
+    ("StepTable", {"a": [0.5, 0.5, 0.5]}),
+    ("StepTable", {"noisy": [True] * 3}),
+    ("StepTable", {"b": np.array([0.5, math.nan, 0.5])}),
+    ("StepTable", {"l0": np.array([0.5, math.inf, 0.5])}),
+    ("StepTable", {"l0": np.array([1e5, 0.5, 0.5])}),
+)
 @fuzz(60, {"StepTable": COLUMNS | {"solver": either("any"), "draws": either(True, False)}})
 def test_step_tables(case):
     half = np.full(3, 0.5)
@@ -444,6 +531,15 @@ PHILOX = {
 }
 
 
+@found(
+    ("drawn", {"generator": 71}),
+    ("normal", {"steps": 3}),
+    ("normal", {"trajectories": -1}),
+    ("normal", {"channels": -1}),
+    ("normal", {"dtype": torch.int32}),
+    ("normal", {"device": "nonsense"}),
+    ("normal", {"streams": torch.zeros(2, dtype=torch.int64, device="meta")}),
+)
 @fuzz(50, {"normal": PHILOX, "drawn": {"generator": either(*GENERATORS)}})
 def test_philox(case):
     which, broken = case
@@ -466,7 +562,7 @@ FLOW_SIZES = {"img_size": 32, "class_num": 3}
 FLOW_SIZES |= {
     f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("embed_dim", 16), ("depth", 1), ("num_heads", 2))
 }
-LLM = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLM = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLM |= {"num_key_value_heads": 1}
 MAR_SIZES = upstream_like.SMALL | {"img_size": 32, "class_num": 3, "diffloss_d": 1}
 SIZES = {
@@ -499,6 +595,26 @@ def sizes_of(system):
     return arguments
 
 
+@found(
+    ("mar", {"img_size": 8}),
+    ("mar", {"encoder_num_heads": 3}),
+    ("mar", {"encoder_depth": -1}),
+    ("mar", {"vae_stride": 0}),
+    ("mar", {"buffer_size": 0}),
+    ("mar", {"mlp_ratio": 1e-9}),
+    ("mar", {"attn_dropout": math.nan}),
+    ("mar", {"diffloss_w": np.uint8(200)}),
+    ("mar", {"class_num": 2**31}),
+    ("mar", {"size": ["large"]}),
+    ("flowar", {"scale": (1, 0, 2)}),
+    ("flowar", {"diffloss_w": 24}),
+    ("xar", {"clusters": 4.0}),
+    ("xar", {"patch_size": 64, "clusters": 1}),
+    ("harmon", {"llm": {"attn_implementation": "kernels-community/flash-attn3"}}),
+    ("harmon", {"llm": LLM | {"num_attention_heads": 0}}),
+    ("harmon", {"llm": LLM | {"num_hidden_layers": 0, "head_dim": 2**31}}),
+    ("harmon", {"llm": 3}),
+)
 @fuzz(100, {system: sizes_of(system) for system in SIZES})
 def test_constructors(case):
     system, broken = case
@@ -524,6 +640,8 @@ def tiny(system):
     """A model, and its answer to a valid call."""
     torch.manual_seed(0)
     model = getattr(models, system)(**SIZES[system]).eval()
+    if system == "harmon":
+        model.tokenizer = make_tokenizer(every_prompt())
     return model, sampled(model)
 
 
@@ -549,6 +667,7 @@ SAMPLING = {
     "backend": either(*BACKENDS),
     "solver": either(*solvers.NAMES, *solvers.FLOW_NAMES, solvers.ddpm, lambda steps: None),
     "clip": either("default", None, 900, 10**30),
+    "progress": either(False),
     "bsz": either(1, 2),
     "rng": either("torch", "philox", Philox(1), Philox(1, torch.arange(1))),
     "guidance": either((0.0, 0.5), (1, 0)),
@@ -565,6 +684,30 @@ def sampling_of(system):
     return {name: strategy for name, strategy in SAMPLING.items() if name in names.parameters}
 
 
+@found(
+    ("mar", {"labels": torch.zeros(0, dtype=torch.int64)}),
+    ("mar", {"orders": torch.tensor(3)}),
+    ("mar", {"orders": torch.arange(4, dtype=torch.int32)[None]}),
+    ("mar", {"orders": 5}),
+    ("mar", {"labels": None, "bsz": -1}),
+    ("mar", {"cfg": "three"}),
+    ("mar", {"cfg": torch.ones(2)}),
+    ("mar", {"cfg_schedule": np.array(["x", "y"])}),
+    ("mar", {"draw": "noise"}),
+    ("mar", {"draw": lambda shape, dtype: np.zeros(shape)}),
+    ("mar", {"generator": 3}),
+    ("mar", {"solver": lambda steps: None}),
+    ("flowar", {"draw": lambda shape, dtype: torch.zeros(3)}),
+    ("flowar", {"progress": torch.zeros(2)}),
+    ("xar", {"labels": torch.zeros(0, dtype=torch.int64)}),
+    ("xar", {"solver": lambda steps: 3}),
+    ("harmon", {"prompt": 3}),
+    ("harmon", {"prompt": [3]}),
+    ("harmon", {"prompt": "\udcff"}),
+    ("harmon", {"orders": torch.tensor(3)}),
+    ("harmon", {"image_shape": (2**63, 1)}),
+    ("harmon", {"attention_mask": made((2, 3), torch.int64, "sparse")}),
+)
 @fuzz(170, {system: sampling_of(system) for system in SIZES})
 def test_sample_tokens(case):
     system, broken = case
@@ -630,6 +773,13 @@ SETTINGS = {
 }
 
 
+@found(
+    ("mar", {"clip": np.zeros(2)}),
+    ("mar", {"attribute": ("diffloss.diff_annealing_strategy", [])}),
+    ("flowar", {"solver": torch.zeros(0)}),
+    ("flowar", {"attribute": ("flownet.res_blocks", 73)}),
+    ("xar", {"attribute": ("patch_size", ())}),
+)
 @fuzz(60, {system: SETTINGS | {"attribute": peers(system), "model": anything()} for system in PEERS})
 def test_accelerate(case):
     """`attribute` of the model is changed."""
@@ -648,6 +798,10 @@ def test_accelerate(case):
     assert dict(getattr(model, "__dict__", {})) == before
 
 
+@found(
+    ("explain", {"rows": "8"}),
+    ("explain", {"rows": -1}),
+)
 @fuzz(10, {"explain": {"head_or_model": anything(), "rows": either(1, 64)}})
 def test_explain(case):
     head = HEADS["MLPHead in torch.float32"]
@@ -705,6 +859,14 @@ READERS = {
 }
 
 
+@found(
+    ("identify", {"path": "a" * 5000}),
+    ("load_checkpoint", {"path": True}),
+    ("load_checkpoint", {"model": None}),
+    ("load_checkpoint", {"ema": torch.zeros(2)}),
+    ("build", {"dtype": 3.0}),
+    ("build", {"dtype": torch.float8_e4m3fn}),
+)
 @fuzz(
     50,
     {
@@ -755,9 +917,17 @@ def small_vae():
 
 
 VAE_SIZES = {"latent_channels": numbers(), "ch": numbers(), "num_res_blocks": numbers()}
-VAE_SIZES |= {"ch_mult": mostly(st.lists(st.integers(-1, 3), max_size=3))}
+VAE_SIZES |= {"ch_mult": mostly(st.lists(st.integers(-1, 3), max_size=3), st.sampled_from(ODD))}
 
 
+@found(
+    ("VAE", {"ch": 0}),
+    ("VAE", {"ch": 16}),
+    ("VAE", {"ch_mult": ()}),
+    ("VAE", {"num_res_blocks": 10**400}),
+    ("VAE", {"latent_channels": -1}),
+    ("encode", {"images": made((1, 3, 2, 4), torch.float32, "sparse")}),
+)
 @fuzz(
     30,
     {
@@ -823,6 +993,16 @@ GIVEN = {"--checkpoint": "tiny.safetensors", "--out": "out", "--num-images": "1"
 GIVEN = {"generate": GIVEN, "inspect": {"checkpoint": "tiny.safetensors"}, "evaluate": {"folder": "folder"}}
 
 
+@found(
+    ("generate", {"--out": "file"}),
+    ("generate", {"--out": "file/under"}),
+    ("generate", {"--device": "meta"}),
+    ("generate", {"--out": "run", "content": b"[" * 100_000}),
+    ("generate", {"--prompts": "file", "content": b"[" * 100_000}),
+    ("inspect", {"checkpoint": "a" * 300}),
+    ("evaluate", {"folder": "a" * 300}),
+    ("evaluate", {"--device": "mkldnn"}),
+)
 @fuzz(50, COMMANDS)
 def test_command_line(tmp_path, monkeypatch, case):
     """It says why not, with status 2, or does it; nothing half written stays. `content`: of a file of prompts, and of run.json."""

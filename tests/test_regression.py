@@ -9,7 +9,7 @@ import statistics
 import pytest
 import regression
 import turns
-from regression import BOUND, Verdict
+from regression import BOUND, BUSY, Checked, Verdict
 
 RESULTS = regression.ROOT / "bench" / "results"
 
@@ -53,14 +53,15 @@ def test_a_planted_slowdown_is_as_long_as_it_says(monkeypatch):
     assert other / base == pytest.approx(1.15, rel=1e-3)
 
 
-def made_up(baseline: dict[str, float], slowdowns: dict[str, float], seed: int, scatter: float = 0.03):
+def made_up(baseline: dict[str, float], slowdowns: dict[str, float], seed: int, scatter: float = 0.03, others: float = 0.0):
     """Stands in for `measure`: each process sees the true ratio off by a few percent, as recorded runs are."""
     noise = random.Random(seed)
 
     def measure(cases=(), pairs=None, environment=None):
         names = cases or baseline
         over = {name: baseline[name] / (1 + slowdowns.get(name, 0.0)) * math.exp(noise.gauss(0, scatter)) for name in names}
-        return {"benchmarks": [{"params": {"name": name}, "extra_info": {"over_eager": over[name]}} for name in names]}
+        found = [{"params": {"name": name}, "extra_info": {"over_eager": over[name]}} for name in names]
+        return {"benchmarks": found, "others": others}
 
     return measure
 
@@ -71,39 +72,48 @@ BASELINE = {"a": 9.0, "b": 5.0, "c": 2.0, "d": 1.5}
 def test_unchanged_code_passes_and_a_slowdown_does_not(monkeypatch):
     for seed in range(50):
         monkeypatch.setattr(regression, "measure", made_up(BASELINE, {}, seed))
-        assert not any(verdict.failed for verdict in regression.check(BASELINE))
+        assert regression.check(BASELINE).status == 0
     caught = 0
     for seed in range(50):
         monkeypatch.setattr(regression, "measure", made_up(BASELINE, {"b": 0.15}, seed))
-        failed = [verdict.case for verdict in regression.check(BASELINE) if verdict.failed]
-        assert set(failed) <= {"b"}
-        caught += failed == ["b"]
+        checked = regression.check(BASELINE)
+        assert set(checked.failed) <= {"b"}
+        caught += checked.status == 1
     assert caught >= 45
 
 
 def test_one_bad_process_is_no_regression(monkeypatch):
     processes = iter([made_up(BASELINE, {"c": 0.4}, 0, 0.0), made_up(BASELINE, {}, 1, 0.0), made_up(BASELINE, {}, 2, 0.0)])
     monkeypatch.setattr(regression, "measure", lambda *how, **more: next(processes)(*how, **more))
-    verdicts = {verdict.case: verdict for verdict in regression.check(BASELINE)}
-    assert len(verdicts["c"].now) == 3
-    assert len(verdicts["a"].now) == 1
-    assert not any(verdict.failed for verdict in verdicts.values())
+    checked = regression.check(BASELINE)
+    assert {verdict.case: len(verdict.now) for verdict in checked.verdicts} == {"a": 1, "b": 1, "c": 3, "d": 1}
+    assert checked.status == 0
+
+
+def test_what_fails_beside_other_programs_is_no_verdict(monkeypatch):
+    monkeypatch.setattr(regression, "measure", made_up(BASELINE, {"c": 0.4}, 0, 0.0, others=0.9))
+    checked = regression.check(BASELINE)
+    assert checked.failed == ["c"]
+    assert checked.status == 3
+    assert "other programs that had 0.9 cores" in checked.report()
+    monkeypatch.setattr(regression, "measure", made_up(BASELINE, {}, 0, 0.0, others=0.9))
+    assert regression.check(BASELINE).status == 0
 
 
 def test_a_case_that_is_gone_fails(monkeypatch):
     monkeypatch.setattr(regression, "measure", made_up({"a": 9.0}, {}, 0, 0.0))
-    verdicts = regression.check({"a": 9.0, "b": 5.0})
-    assert [verdict.case for verdict in verdicts if verdict.failed] == ["b"]
-    assert "not measured" in regression.report(verdicts)
+    checked = regression.check({"a": 9.0, "b": 5.0})
+    assert checked.failed == ["b"]
+    assert "not measured" in checked.report()
 
 
 def test_the_report_names_what_lost_how_much():
     verdicts = [Verdict("a", 9.0, (9.1,), BOUND), Verdict("b", 5.0, (4.0, 4.1, 4.9), BOUND), Verdict("c", 2.0, (2.6,), BOUND)]
-    text = regression.report(verdicts)
+    text = Checked(verdicts, 0.0).report()
     assert re.search(r"^b +5\.00x +4\.00x, 4\.10x, 4\.90x +\+22\.0% +SLOWER$", text, re.MULTILINE)
     assert re.search(r"^c .* faster$", text, re.MULTILINE)
     assert text.endswith("1 of 3 cases lost more than 10%")
-    assert regression.report(verdicts[:1]).endswith("no case lost more than 10%")
+    assert Checked(verdicts[:1], 0.0).report().endswith("no case lost more than 10%")
 
 
 @pytest.fixture
@@ -153,12 +163,13 @@ def test_machines_of_a_class_share_a_file():
 
 @pytest.mark.native
 def test_a_case_measured_in_earnest():
-    record = regression.measure(["width 256, 2 rows, cpu"], pairs=5)
+    record = regression.measure(["MAR-B, 2 rows, cpu"], pairs=5)
     (run,) = record["benchmarks"]
     low, high = run["extra_info"]["interval"]
     assert low <= run["extra_info"]["over_eager"] <= high
     assert run["extra_info"]["pairs"] >= 5
-    assert regression.ratios(record)["width 256, 2 rows, cpu"] > 1
+    assert -0.1 < record["others"] < 64
+    assert regression.ratios(record)["MAR-B, 2 rows, cpu"] > 1
 
 
 def test_the_recorded_proof():
@@ -172,7 +183,9 @@ def test_the_recorded_proof():
     for run in proof["unchanged"]:
         assert set(run["slowdowns"]) == set(baseline["cases"])
         assert max(run["slowdowns"].values()) <= BOUND
+        assert run["others"] < BUSY
     planted = proof["planted"][0]
     assert planted["slowdown"] == 0.15
     assert {name for name, slowdown in planted["slowdowns"].items() if slowdown > BOUND} == set(planted["failed"])
     assert planted["cases_caught"] == len(planted["failed"]) > 0
+    assert planted["others"] < BUSY

@@ -247,8 +247,8 @@ def test_a_backend_that_cannot_serve_is_refused(soak):
 
 
 def test_it_ends_in_time(soak):
-    result = quick(soak, 10**7, seconds=0.5).run()
-    assert 0 < result["calls"] < 10**6
+    result = quick(soak, 10**5, seconds=0.3).run()
+    assert 0 < result["calls"] < 10**5
     assert result["seconds"] < 5
     assert result["failures"] == []
 
