@@ -425,8 +425,9 @@ def other_machine(found: Found) -> str:
 
 
 def smaller_than_published(found: Found) -> str:
-    """Harmon's images, where they have less than the published 32 x 32 tokens, of 16 x 16 pixels each."""
-    smaller = [name for name, image in found.named_images.items() if image["system"] == "Harmon" and image["tokens"] == 256]
+    """Harmon's images, where they have less than the published 512 x 512 pixels."""
+    harmons = {name: image for name, image in found.named_images.items() if image["system"] == "Harmon"}
+    smaller = [name for name, image in harmons.items() if image["image_size"] == [256, 256]]
     return (
         f"{listed(smaller)} {'draws' if len(smaller) == 1 else 'draw'} 256 x 256 pixels, a quarter of what is published."
         if smaller

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import upstream_like
+from compare import assert_close
 from flow_peers import UpstreamFlowAR, UpstreamXAR
 from harmon_peers import harmon_small
 from random_parameters import random_parameters
@@ -315,7 +316,9 @@ def test_how_a_tensor_lies_in_memory_is_of_no_account(name, backend, kind):
     out = head.denoise(**call | given, backend=backend)
     changed = {name: change(tensor) for name, tensor in given.items()}
     assert all(torch.equal(changed[name], tensor) for name, tensor in given.items())
-    assert torch.equal(head.denoise(**call | changed, backend=backend), out)
+    again = head.denoise(**call | changed, backend=backend)
+    assert_close(again, out, worst=1e-5 * float(out.abs().max()))  # a library picks its matrix products by layout
+    assert torch.equal(again, out) or backend != "cpu"
 
 
 def parameters(spec):

@@ -41,7 +41,7 @@ def trajectory(images, iterations, ratios):
     return about | {"num_iter": 4, "turns": 3, "results": results}
 
 
-def image(system, model, ratios, parts, steps, operators, images=1, tokens=256):
+def image(system, model, ratios, parts, steps, operators, images=1, side=256):
     """parts: (head, backbone, other) of eager and of disa_fast, seconds; steps: (T, rows) of each AR step."""
     both = dict(zip(("eager", "disa_fast"), parts, strict=True))
     results = {name: {"seconds": 8 / r, "over_eager": r, "quartiles": [0.9 * r, 1.1 * r]} for name, r in ratios.items()}
@@ -53,8 +53,8 @@ def image(system, model, ratios, parts, steps, operators, images=1, tokens=256):
         for k, (T, rows) in enumerate(steps)
     ]
     return {"kind": "image", "system": system, "model": model, "images": images, "dtype": "float32", "schedule": "linear:5-2"} | {
-        "num_iter": 3, "cfg": 3.0, "tokens": tokens, "turns": 2, "results": results, "ar_steps": ar_steps, "operators": operators,
-        "next": max(operators, key=operators.get),
+        "num_iter": 3, "cfg": 3.0, "image_size": [side, side], "turns": 2, "results": results, "ar_steps": ar_steps,
+        "operators": operators, "next": max(operators, key=operators.get),
     }  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def test_prose_carries_the_numbers(tmp_path):
 
 def test_nothing_is_said_of_what_was_not_measured(tmp_path):
     heads = [entry for entry in HEADS if entry["model"] == "MAR-L" and entry["kind"] == "step"]
-    images = [entry | {"tokens": 1024} for entry in IMAGES if entry["system"] == "Harmon"]
+    images = [entry | {"image_size": [512, 512]} for entry in IMAGES if entry["system"] == "Harmon"]
     section = section_of(tmp_path, heads=heads, images=images)
     for word in (
         "there too",
