@@ -72,7 +72,7 @@ TOO_FEW = "too few calls to tell whether memory is flat"
 MAX_FAILURES = 10  # ends the run
 
 # By how much memory may be more at the end than at the beginning
-RSS_BYTES, RSS_BYTES_PER_CALL = 4 << 20, 32
+RSS_BYTES, RSS_BYTES_PER_CALL = 16 << 20, 32  # code for shapes of products comes and goes
 KEPT_TENSORS = 300  # in the last quarter: of the tables of steps, which are kept up to a number, some may still come in
 GPU_RESERVED = 64 << 20  # in the last quarter; it comes in blocks of 20 MiB
 GPU_ALLOCATED = 1 << 20  # when all is forgotten

@@ -178,11 +178,16 @@ def used(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def on_meta(make: Callable[[], Model], path: str | Path, state: Mapping[str, Tensor]) -> Model:
     """make() on meta, for a file that holds `state`. ValueError where it fails, and where the file says how its model is built (see
     `read_config`) and says so of one that is far larger than what it holds."""
+    described = read_config(path) is not None
     try:
-        with torch.device("meta"), nullcontext() if read_config(path) is None else _limited(path, state):
+        with torch.device("meta"), _limited(path, state) if described else nullcontext():
             return make()
-    except (ValueError, ModuleNotFoundError):
+    except ModuleNotFoundError:
         raise
+    except ValueError as error:
+        if not described or str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: its model cannot be made: {error}") from error
     except Exception as error:  # whatever a constructor makes of arguments that come from a file
         raise ValueError(f"{path}: its model cannot be made: {type(error).__name__}: {_first_line(error)}") from error
 

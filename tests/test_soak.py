@@ -106,7 +106,7 @@ def test_kept_bytes_and_an_open_file_of_each_call_are_found(soak, monkeypatch):
     kept = []
 
     def keep(number, head, result):
-        kept.append(bytearray(b"x" * (200 << 10)))
+        kept.append(bytearray(b"x" * (400 << 10)))
         if number % 10 == 0:
             kept.append(open(__file__))  # noqa: SIM115
         return result
