@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..checks import check_flag
-from .diffusion import BASE_STEPS, checked_steps, cosine_alphas_cumprod
+from .diffusion import BASE_STEPS, check_steps, cosine_alphas_cumprod
 from .table import StepTable
 
 _T_START = 0.95
@@ -24,8 +23,7 @@ def dpm_solver(steps: int, plus_plus: bool = False) -> StepTable:
     which are equal at first order but for rounding. Deterministic: temperature has no effect. Raises ValueError for steps
     outside 1..1000.
     """
-    steps = checked_steps(steps)
-    check_flag("plus_plus", plus_plus)
+    check_steps(steps)
     log_alpha_grid = 0.5 * np.log(cosine_alphas_cumprod()[: _CLIP + 1])
     t_grid = np.linspace(0, _T_START, len(log_alpha_grid) + 1)[1:]
     t = np.linspace(_T_START, 1 / len(log_alpha_grid), steps + 1)
