@@ -9,7 +9,7 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast kernels -type f -not -path '*/__pycache__/*')
 CXX_FILES := $(shell find bench csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format sanitize kernels bench bench-baseline bench-check bench-quick bench-proof bench-report soak gpu-report wheel clean
+.PHONY: demo test lint format sanitize kernels bench bench-baseline bench-check bench-quick bench-proof bench-report soak fuzz gpu-report wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/disa-fast demo
@@ -70,9 +70,13 @@ bench-proof: $(INSTALLED)
 bench-report: $(INSTALLED)
 	$(BIN)/python -m bench.report
 
-# A hundred thousand calls; a small share is among the tests.
+# A hundred thousand calls, and ten thousand malformed ones; a small share of both is among the tests.
 soak: $(INSTALLED)
 	$(BIN)/python -m bench.soak --calls 100000 --json bench/results/soak.json
+fuzz: $(INSTALLED)
+	$(BIN)/pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python tests/fuzz_checkpoint.py -atheris_runs=10000
 
 # A wheel for this Python and Linux x86-64, in dist/; it serves the systems whose C library is not older than this one's.
 wheel: $(INSTALLED)

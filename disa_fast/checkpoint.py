@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import threading
 import zipfile
@@ -18,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .checks import check_shapes
+from .checks import FLOATS, check_dtype, check_flag, check_shapes
 from .files import written_aside
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ABSURD = 10  # times the parameters that a file holds: more than the model that it describes can have
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,6 +37,7 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     published training checkpoint holds {"model": ..., "model_ema": ..., ...}: `ema` picks "model_ema" where there is one, else
     "model". Raises FileNotFoundError, or ValueError for a file that is not such a checkpoint.
     """
+    check_flag("ema", ema)
     content = _content(path)
     if isinstance(content, Mapping):
         for key in ("model_ema", "model") if ema else ("model",):
@@ -102,8 +103,10 @@ def _content(path: str | Path) -> object:
 
 
 def _existing(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path: expected that of a file, got {path!r}")
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # false also for a name that no file can have, at which path.is_file() fails
         raise FileNotFoundError(f"{path}: no such checkpoint")
     return path
 
@@ -138,6 +141,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = True) -> Non
 
     ValueError names what is missing, unexpected, misshapen or of another kind; then nothing has changed.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {model!r}")
     state = used(model, read_state_dict(path, ema))
     _check(model, state, path)
     model.load_state_dict(state)
@@ -150,8 +155,7 @@ def build(make: Callable[[], Model], path: str | Path, ema: bool = True, dtype: 
     memory of its own, so there is one model in memory, which needs the file no longer. Constants that no checkpoint holds have to
     be real even where `make` runs on meta. Raises as `load_checkpoint` does, and ValueError for a model that cannot be made.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating point dtype, got {dtype}")
+    check_dtype(dtype)
     state = read_state_dict(path, ema)
     model = on_meta(make, path, state)
     state = used(model, state)
@@ -174,11 +178,16 @@ def used(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def on_meta(make: Callable[[], Model], path: str | Path, state: Mapping[str, Tensor]) -> Model:
     """make() on meta, for a file that holds `state`. ValueError where it fails, and where the file says how its model is built (see
     `read_config`) and says so of one that is far larger than what it holds."""
+    described = read_config(path) is not None
     try:
-        with torch.device("meta"), nullcontext() if read_config(path) is None else _limited(path, state):
+        with torch.device("meta"), _limited(path, state) if described else nullcontext():
             return make()
-    except (ValueError, ModuleNotFoundError):
+    except ModuleNotFoundError:
         raise
+    except ValueError as error:
+        if not described or str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: its model cannot be made: {error}") from error
     except Exception as error:  # whatever a constructor makes of arguments that come from a file
         raise ValueError(f"{path}: its model cannot be made: {type(error).__name__}: {_first_line(error)}") from error
 

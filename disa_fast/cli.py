@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import profile, solvers
 from .backends import BACKENDS
+from .checks import usable_device
 from .demo.captions import caption, label_of
 from .demo.data import CLASSES, cropped
 from .demo.run import BASELINE_STEPS, run_demo
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"disa-fast {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -368,7 +369,7 @@ def _prompts(path: str) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         entries = json.loads(text) if path.endswith(".json") else text.splitlines()
         prompts = [entry["prompt"] if isinstance(entry, dict) else entry for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"cannot read prompts from {path!r}: {type(error).__name__}: {error}") from None
     prompts = [prompt.strip() if isinstance(prompt, str) else prompt for prompt in prompts]
     if not all(isinstance(prompt, str) for prompt in prompts) or not any(prompts):
@@ -385,10 +386,11 @@ def _image_size(text: str) -> tuple[int, int]:
 
 def _device(text: str) -> torch.device:
     try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
+        device = usable_device("device", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if device.type == "meta":
+        raise argparse.ArgumentTypeError(f"expected a device that computes, got {text!r}")
     return device
 
 

@@ -6,6 +6,7 @@ import torch
 
 from . import backends
 from .accelerate import Accelerated, handle_of
+from .checks import whole
 from .errors import UnsupportedError
 from .heads.packing import Packing
 
@@ -16,6 +17,7 @@ def explain(head_or_model: object, rows: int = 8) -> dict[str, object]:
     head_or_model: a head, one of disa_fast.models, or a model given to `accelerate`. Raises UnsupportedError for anything else.
     """
     head, facts = _head_of(head_or_model)
+    rows = whole("rows", rows)
     why_not = backends.survey(head.spec, head.dtype, head.device, rows)
     facts = {
         "head": str(head.spec),

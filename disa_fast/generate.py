@@ -143,7 +143,7 @@ def check_run(folder: Path, record: Mapping[str, object], paths: Sequence[Path])
     if path.is_file():
         try:
             before = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read as the record of a run: {error}") from error
         differing = [
             f"{key}: {before.get(key)!r} there, {record.get(key)!r} now"

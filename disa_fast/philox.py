@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import is_whole
+from .checks import check_dtype, check_generator, describe, is_dense, is_whole, usable_device, whole
 
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -74,13 +74,15 @@ class Philox:
         if not is_whole(self.seed) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected a whole number of at least 0 and below 2**64, got {self.seed!r}")
         streams = self.streams
-        if streams is not None and not (isinstance(streams, Tensor) and streams.ndim == 1 and streams.dtype == torch.int64):
-            got = f"{list(streams.shape)} of {streams.dtype}" if isinstance(streams, Tensor) else repr(streams)
-            raise ValueError(f"streams: expected a [trajectories] tensor of torch.int64 or None, got {got}")
+        if streams is not None and not (
+            is_dense(streams) and streams.ndim == 1 and streams.dtype == torch.int64 and not streams.is_meta
+        ):
+            raise ValueError(f"streams: expected a [trajectories] tensor of torch.int64 or None, got {describe(streams)}")
 
     @classmethod
     def drawn(cls, generator: torch.Generator | None = None) -> Philox:
         """With a seed of 63 bits: one draw from `generator`, on its device, or from torch's global generator of the CPU."""
+        check_generator(generator)
         device = torch.device("cpu") if generator is None else generator.device
         return cls(int(torch.randint(2**63 - 1, (), generator=generator, device=device)))
 
@@ -110,9 +112,15 @@ class Philox:
         steps: a range or whole numbers, 0 <= step < 2**32. Computed in float64 and rounded once, so devices differ in a last bit
         at most. ValueError for other steps, or another number of streams.
         """
-        odd = [step for step in steps if not is_whole(step) or not 0 <= step <= LOW]
+        try:
+            odd = [step for step in steps if not is_whole(step) or not 0 <= step <= LOW]
+        except TypeError:
+            odd = [steps]
         if odd:
             raise ValueError(f"steps: expected whole numbers of at least 0 and below 2**32, got {odd[0]!r}")
+        trajectories, channels = whole("trajectories", trajectories, least=0), whole("channels", channels, least=0)
+        check_dtype(dtype)
+        device = usable_device("device", device)
         step = torch.tensor([int(step) for step in steps], dtype=torch.int64, device=device)[:, None, None]
         stream = self.streams_of(trajectories, device)[:, None]
         quads = torch.arange((channels + 3) // 4, device=device)

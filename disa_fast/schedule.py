@@ -9,10 +9,10 @@ visible: ``Linear(80, 5)`` gives 59 at k = 4 of 16 with MAR's expression and 60 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .checks import is_whole
+from .checks import MOST, check_choice, is_whole, whole
 
 Schedule = Callable[[int, int], int]
 
@@ -28,14 +28,16 @@ def _check_steps(name: str, value: object) -> int:
         raise ValueError(f"{name}: expected a whole number of denoising steps, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1 denoising step, got {value}")
+    if value > MOST:
+        raise ValueError(f"{name}: expected at most {MOST} denoising steps, got {value}")
     return int(value)
 
 
-def _check_position(k: int, K: int) -> None:
-    if K < 1:
-        raise ValueError(f"K: expected at least 1 autoregressive step, got {K}")
-    if not 0 <= k < K:
-        raise ValueError(f"k: expected an autoregressive step in 0..{K - 1}, got {k}")
+def _position(k: object, K: object) -> tuple[int, int]:
+    K = whole("K", K)
+    if not is_whole(k) or not 0 <= k < K:
+        raise ValueError(f"k: expected an autoregressive step in 0..{K - 1}, got {k!r}")
+    return int(k), K
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class _Annealed:
     late: int
 
     def __post_init__(self) -> None:
-        _check_steps("early", self.early)
-        _check_steps("late", self.late)
+        for name in ("early", "late"):  # as Python's numbers, which do not overflow
+            object.__setattr__(self, name, _check_steps(name, getattr(self, name)))
         if self.late > self.early:
             raise ValueError(f"late: expected at most early = {self.early}, got {self.late}")
 
@@ -63,11 +65,10 @@ class Linear(_Annealed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounding not in _LINEAR_ROUNDINGS:
-            raise ValueError(f"rounding: expected one of {sorted(_LINEAR_ROUNDINGS)}, got {self.rounding!r}")
+        check_choice("rounding", self.rounding, sorted(_LINEAR_ROUNDINGS))
 
     def __call__(self, k: int, K: int) -> int:
-        _check_position(k, K)
+        k, K = _position(k, K)
         if K == 1:
             return self.early
         return _LINEAR_ROUNDINGS[self.rounding](K - 1 - k, K - 1, self.early - self.late, self.late)
@@ -78,7 +79,7 @@ class Cosine(_Annealed):
     """Half a cosine period, ``late + floor((cos(pi k/(K-1)) + 1)/2 * (early-late))``; K = 1 gets `early`."""
 
     def __call__(self, k: int, K: int) -> int:
-        _check_position(k, K)
+        k, K = _position(k, K)
         if K == 1:
             return self.early
         return self.late + int((math.cos(math.pi * k / (K - 1)) + 1) / 2 * (self.early - self.late))
@@ -89,7 +90,7 @@ class TwoStage(_Annealed):
     """`early` while k < (K-1)/2, then `late`."""
 
     def __call__(self, k: int, K: int) -> int:
-        _check_position(k, K)
+        k, K = _position(k, K)
         return self.early if k < (K - 1) / 2 else self.late
 
 
@@ -100,10 +101,10 @@ class Constant:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps("steps", self.steps)
+        object.__setattr__(self, "steps", _check_steps("steps", self.steps))
 
     def __call__(self, k: int, K: int) -> int:
-        _check_position(k, K)
+        _position(k, K)
         return self.steps
 
 
@@ -113,16 +114,18 @@ class StepList:
 
     steps: tuple[int, ...]
 
-    def __init__(self, steps: Sequence[int]) -> None:
-        steps = tuple(steps)
+    def __init__(self, steps: Iterable[int]) -> None:
+        try:
+            steps = tuple(steps)
+        except TypeError:
+            raise ValueError(f"steps: expected a list of numbers of denoising steps, got {steps!r}") from None
+        steps = tuple(_check_steps(f"steps[{k}]", value) for k, value in enumerate(steps))
         if not steps:
             raise ValueError("steps: expected at least one entry, got an empty list")
-        for k, value in enumerate(steps):
-            _check_steps(f"steps[{k}]", value)
         object.__setattr__(self, "steps", steps)
 
     def __call__(self, k: int, K: int) -> int:
-        _check_position(k, K)
+        k, K = _position(k, K)
         if len(self.steps) != K:
             raise ValueError(f"steps: expected one entry for each of the {K} autoregressive steps, got {len(self.steps)}")
         return self.steps[k]

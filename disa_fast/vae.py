@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import read_state_dict
-from .checks import check_shapes
+from .checks import check_dtype, check_shapes, describe, is_dense, sized, whole
 
 LATENT_CHANNELS = 16
+GROUPS = 32  # of channels, normalized together
 LATENT_SCALE = 0.2325  # what the models draw is the VAE's latents times this
 
 _HARMON_PREFIX = "vae."
@@ -57,6 +58,7 @@ class VAE(nn.Module):
     `autoencoder` is diffusers' AutoencoderKL. ModuleNotFoundError without diffusers.
     """
 
+    @sized
     def __init__(
         self,
         latent_channels: int = LATENT_CHANNELS,
@@ -65,6 +67,11 @@ class VAE(nn.Module):
         num_res_blocks: int = 2,
     ) -> None:
         super().__init__()
+        if not isinstance(ch_mult, Sequence) or not ch_mult:
+            raise ValueError(f"ch_mult: expected a factor for each level, got {ch_mult!r}")
+        widths = tuple(ch * whole("ch_mult", factor) for factor in ch_mult)
+        if any(width % GROUPS for width in widths):
+            raise ValueError(f"ch, ch_mult: expected levels of a multiple of {GROUPS} channels, got {list(widths)}")
         try:
             from diffusers import AutoencoderKL
         except ModuleNotFoundError as error:
@@ -73,7 +80,8 @@ class VAE(nn.Module):
         self.autoencoder = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * (len(ch_mult) - 1) + ("AttnDownEncoderBlock2D",),
             up_block_types=("UpDecoderBlock2D",) * len(ch_mult),
-            block_out_channels=tuple(ch * m for m in ch_mult),
+            block_out_channels=widths,
+            norm_num_groups=GROUPS,
             layers_per_block=num_res_blocks,
             latent_channels=latent_channels,
         )
@@ -97,8 +105,8 @@ class VAE(nn.Module):
 
     def _checked(self, name: str, batch: Tensor, channels: int, multiple: int) -> Tensor:
         weight = self.autoencoder.post_quant_conv.weight
-        if not isinstance(batch, Tensor) or not batch.is_floating_point():
-            raise ValueError(f"{name}: expected a tensor of floating point numbers, got {getattr(batch, 'dtype', batch)!r}")
+        if not is_dense(batch) or not batch.is_floating_point():
+            raise ValueError(f"{name}: expected a tensor of floating point numbers, got {describe(batch)}")
         if batch.ndim != 4 or not batch.numel() or batch.shape[1] != channels or any(side % multiple for side in batch.shape[2:]):
             sides = "" if multiple == 1 else f", height and width multiples of {multiple}"
             raise ValueError(f"{name}: expected [B, {channels}, height, width]{sides}, got {list(batch.shape)}")
@@ -124,8 +132,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, **sizes: Any)
     VAE; kl16.ckpt has none. Raises FileNotFoundError, ModuleNotFoundError without diffusers, and ValueError, which names what is
     missing, unexpected or misshapen as the file does; nothing is allocated before that is known.
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating point dtype, got {dtype!r}")
+    check_dtype(dtype)
     with torch.device("meta"):
         vae = VAE(**sizes)
     state = read_state_dict(path, ema=False)

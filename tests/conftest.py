@@ -2,6 +2,7 @@
 such thing. Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be known before they are imported."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,6 +18,17 @@ if backends.triton.is_interpreted():
     import interpreted
 
     interpreted.repair()
+
+try:
+    import hypothesis
+except ModuleNotFoundError:  # then test_fuzz.py is skipped
+    pass
+else:
+    hypothesis.configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), "hypothesis"))
+    same = hypothesis.settings(deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+    hypothesis.settings.register_profile("quick", same, max_examples=500, derandomize=True)
+    hypothesis.settings.register_profile("fuzz", same, max_examples=10_000, print_blob=True)  # examples of all tests together
+    hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

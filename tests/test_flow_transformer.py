@@ -625,7 +625,7 @@ def test_state_dict_without_blocks(cross_head):
         ),
         ({"step_noise": torch.zeros(4, 3, 9, 16)}, r"step_noise: expected a floating point \[5, 2, 9, 16\] or .*, got \[5, 3,"),
         ({"step_noise": torch.zeros(9, 16)}, r"step_noise: expected a floating point .* got \[9, 16\]"),
-        ({"dtype": torch.int32}, "dtype: expected a floating point torch.dtype or None, got torch.int32"),
+        ({"dtype": torch.int32}, "dtype: expected a floating point torch.dtype of 16 bits or more, got torch.int32"),
         ({"backend": "tpu"}, "backend: 'tpu' is not one that this version has; can serve this call: .*'hoisted', 'reference'"),
     ],
 )  # fmt: skip

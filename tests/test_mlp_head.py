@@ -365,7 +365,7 @@ def test_copies_are_independent(z):
         ),
         ({"step_noise": torch.zeros(4, 6, 16)}, r"step_noise: expected a floating point \[5, 6, 16\] tensor, got \[4, 6, 16\]"),
         ({"noise": torch.zeros(6, 16, device="meta")}, "noise: expected it on cpu, where z is, got .*meta"),
-        ({"dtype": torch.int32}, "dtype: expected a floating point torch.dtype or None, got torch.int32"),
+        ({"dtype": torch.int32}, "dtype: expected a floating point torch.dtype of 16 bits or more, got torch.int32"),
         (
             {"backend": "tpu"},
             re.escape(f"backend: 'tpu' is not one that this version has; can serve this call: {ON_A_CPU}"),

@@ -39,6 +39,13 @@ def test_the_roundings_differ():
     assert Linear(80, 5, rounding="flowar")(4, 16) == 60
 
 
+@pytest.mark.parametrize("make", [Linear, Cosine, TwoStage, *(lambda e, n, r=r: Linear(e, n, r) for r in ("flowar", "xar"))])
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64])
+def test_counts_of_numpy_do_not_overflow(make, kind):
+    plain, counted = make(100, 5), make(kind(100), kind(5))
+    assert [counted(kind(k), kind(64)) for k in range(64)] == [plain(k, 64) for k in range(64)]
+
+
 @pytest.mark.parametrize(
     ("text", "schedule"),
     [

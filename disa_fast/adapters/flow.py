@@ -19,7 +19,7 @@ from ..errors import UnsupportedError
 from ..models.flowar import FlowAR
 from ..models.xar import XAR
 from ..schedule import Linear, Schedule, as_schedule
-from ..solvers import DEFAULT_CLIP, Solver
+from ..solvers import Solver, is_default
 from .accelerated import Accelerated, with_signature
 
 COUNTS = ("flow_upper_steps", "flow_lower_steps")  # arguments by which DiSA's objects are told how to anneal
@@ -47,7 +47,7 @@ class AcceleratedFlow(Accelerated):
             with torch.device("meta"):
                 self._native = self._native_like(model)
             check_shapes(*({name: t.shape for name, t in _named(m).items()} for m in (self._native, model)), "model")
-        except (AttributeError, KeyError, ValueError) as error:
+        except Exception as error:  # whatever comes of taking an object for what it is not
             raise UnsupportedError(f"model: {type(model).__name__} is not a {self.system}: {error}") from error
         self._share()
 
@@ -68,7 +68,7 @@ class AcceleratedFlow(Accelerated):
         return self._native.head
 
     def configure(self, schedule: Schedule | str | None, solver: str | Solver | None, clip: int | str | None, backend: str) -> None:
-        if clip != DEFAULT_CLIP:
+        if not is_default(clip):
             raise ValueError(f"clip: only MAR's and Harmon's solvers take one, got clip = {clip!r} for a {self.system}")
         told = set(COUNTS) <= self._signature.parameters.keys()
         schedule_from = "argument" if schedule is not None else "model" if told else "default"
@@ -76,10 +76,11 @@ class AcceleratedFlow(Accelerated):
             schedule = f"linear of {' and '.join(COUNTS)}" if told else self.default_schedule
         if schedule_from != "model":
             schedule = as_schedule(schedule, self.system.lower())
-        self._native.plan("constant:2", solver or self.own_solver)
+        solver = self.own_solver if solver is None else solver
+        self._native.plan("constant:2", solver)
         backends.choose(backend, self.head.spec, self.head.dtype, self.head.device, rows=2)
         self.schedule, self.schedule_from = schedule, schedule_from
-        self.solver, self.clip, self.backend = solver or self.own_solver, None, backend
+        self.solver, self.clip, self.backend = solver, None, backend
 
     def _shadow_all(self) -> None:
         self._shadow(self._model, "sample_tokens", with_signature(self._sample, self._signature))

@@ -20,7 +20,7 @@ from .. import backends, profiling
 from ..errors import UnsupportedError
 from ..heads import MLPHead
 from ..schedule import Constant, Cosine, Linear, Schedule, TwoStage, as_schedule, steps_at
-from ..solvers import DEFAULT_CLIP, DEFAULT_CLIPS, Solver, resolve
+from ..solvers import DEFAULT_CLIP, DEFAULT_CLIPS, Solver, is_default, resolve
 from ..solvers.ddim import ddim_timesteps
 from ..solvers.diffusion import BASE_STEPS, respace
 from .accelerated import Accelerated, with_signature
@@ -69,7 +69,7 @@ class AcceleratedMAR(Accelerated):
         own_schedule, own_solver, own_clip = own or (DEFAULT_SCHEDULE, "ddpm", DEFAULT_CLIP)
         if solver is None:
             solver = own_solver
-            clip = own_clip if clip == DEFAULT_CLIP else clip
+            clip = own_clip if is_default(clip) else clip
         checked_schedule, table_for = as_schedule(own_schedule if schedule is None else schedule), resolve(solver, clip)
         backends.choose(backend, self.head.spec, self.head.dtype, self.head.device, rows=2)
         self.schedule, self._table_for, self.backend = checked_schedule, table_for, backend
@@ -130,7 +130,7 @@ def _own_settings(diffloss: nn.Module) -> tuple[Schedule, str, int | str | None]
     UnsupportedError where it says that it anneals, but not between which counts.
     """
     strategy = getattr(diffloss, "diff_annealing_strategy", None)
-    sampler = getattr(diffloss, "sampler", "DiSA")  # Harmon's has no choice of sampler
+    sampler = str(getattr(diffloss, "sampler", "DiSA"))  # Harmon's has no choice of sampler
     if strategy is None or sampler == "default":
         return None
     makers: dict[str, Callable[[int, int], Schedule]] = {
@@ -139,14 +139,14 @@ def _own_settings(diffloss: nn.Module) -> tuple[Schedule, str, int | str | None]
         "two-stage": TwoStage,
         "constant": lambda early, late: Constant(late),
     }
-    if strategy not in makers or sampler not in _SOLVER_OF_SAMPLER:
+    if str(strategy) not in makers or sampler not in _SOLVER_OF_SAMPLER:
         raise UnsupportedError(f"model: unknown annealing {strategy!r} or sampler {sampler!r}; pass schedule= and solver=")
     solver = _SOLVER_OF_SAMPLER[sampler]
     counts = _annealed_counts(diffloss, solver)
     if counts is None:
         raise UnsupportedError("model: it anneals, but its step counts cannot be read from diffloss.gen_diffusion; pass schedule=")
     early, late, clip = counts
-    return makers[strategy](early, late), solver, clip
+    return makers[str(strategy)](early, late), solver, clip
 
 
 def _annealed_counts(diffloss: nn.Module, solver: str) -> tuple[int, int, int | str | None] | None:
@@ -160,6 +160,8 @@ def _annealed_counts(diffloss: nn.Module, solver: str) -> tuple[int, int, int | 
     if not all(hasattr(entry, "timestep_map") for entry in entries):
         return None
     grids = [np.asarray(entry.timestep_map) for entry in entries]
+    if not all(grid.ndim == 1 and len(grid) and grid.dtype.kind in "iu" for grid in grids):
+        return None
     highest = max(int(grid[-1]) for grid in grids)
     make = ddim_timesteps if solver == "ddim" else respace
     for clip in (DEFAULT_CLIPS[solver], None if highest == BASE_STEPS - 1 else highest):

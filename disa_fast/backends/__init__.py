@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checks import check_flag
 from ..errors import UnsupportedError
 from . import cpu, cuda, hoisted, reference, triton
 
@@ -55,15 +56,16 @@ def _refuses(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, ro
 
 def choose(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str:
     """The backend asked for, or under "auto" the fastest that can serve the call: a key of BACKENDS. UnsupportedError if none."""
+    check_flag("batch_invariant", batch_invariant)
     why_not = survey(spec, dtype, device, rows, batch_invariant)
     able = [backend for backend, reason in why_not.items() if reason is None]
+    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
+        raise UnsupportedError(f"backend: {name!r} is not one that this version has; can serve this call: {['auto', *able]}")
     if name == "auto":
         if not able:
             reasons = "; ".join(f"{backend}: {reason}" for backend, reason in why_not.items())
             raise UnsupportedError(f"backend: none can run {spec} in {dtype} on {device}: {reasons}")
         return able[0]
-    if name not in BACKENDS:
-        raise UnsupportedError(f"backend: {name!r} is not one that this version has; can serve this call: {['auto', *able]}")
     if name not in able:
         raise UnsupportedError(f"backend: {name!r} cannot serve this call: {why_not[name]}; can: {['auto', *able]}")
     return name

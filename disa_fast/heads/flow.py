@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, profiling
+from ..checks import describe, is_dense, scalar
 from ..solvers import StepTable
 from ..transformer import Plain
 from .mlp import Draw
-from .packing import Packing, describe, scalar, settle
+from .packing import Packing, settle
 
 Context = Mapping[str, Tensor]
 Velocity = Callable[[int, Tensor], Tensor]
@@ -149,7 +150,7 @@ def _of_every_step(step_noise: Tensor, table: StepTable) -> Tensor | None:
     """[T, ...] of what may also be one entry a noisy step; None for a table without any."""
     if not table.noisy.any():
         return None
-    if isinstance(step_noise, Tensor) and step_noise.ndim == 4 and len(step_noise) == int(table.noisy.sum()) < len(table):
+    if is_dense(step_noise) and step_noise.ndim == 4 and len(step_noise) == int(table.noisy.sum()) < len(table):
         given, nothing = iter(step_noise), torch.zeros_like(step_noise[0])
         return torch.stack([next(given) if noisy else nothing for noisy in table.noisy])
     return step_noise
@@ -161,7 +162,7 @@ def _trajectories(
     """`tensor` checked against [*lead, rows or n, *size] and cut to [*lead, n, *size], float64."""
     allowed = {(*lead, count, *size) for count in (n, rows)}
     shapes = " or ".join(str(list(shape)) for shape in sorted(allowed))
-    if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in allowed or not tensor.is_floating_point():
+    if not is_dense(tensor) or tuple(tensor.shape) not in allowed or not tensor.is_floating_point():
         raise ValueError(f"{name}: expected a floating point {shapes} tensor, got {describe(tensor)}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected it on {device}, where the head's parameters are, got {describe(tensor)}")
@@ -174,7 +175,8 @@ def _trajectories(
 @functools.lru_cache(256)
 def coefficients(table: StepTable, device: torch.device) -> Tensor:
     """[T, 4] float64: a, b, c and the deviation of the noise of every step."""
-    deviation = np.where(table.noisy, np.exp(table.l0 / 2), 0.0)
+    with np.errstate(over="ignore"):
+        deviation = np.where(table.noisy, np.exp(table.l0 / 2), 0.0)
     packed = torch.from_numpy(np.stack([table.a, table.b, table.c, deviation], axis=1)).to(device)
     settle(device)
     return packed

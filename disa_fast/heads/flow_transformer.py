@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_shapes
+from ..checks import check_dtype, check_shapes, describe, is_dense, scalar
 from ..solvers import StepTable
 from ..transformer import (
     PLAIN,
@@ -44,7 +44,7 @@ from ..transformer import (
 )
 from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
 from .mlp import FREQUENCIES, TimeTables, draws_of, embed_time
-from .packing import describe, holding, scalar, settle, state_of
+from .packing import holding, parameters_of, settle, state_of
 
 HEAD_DIM = 64
 
@@ -147,7 +147,7 @@ def adaln(p: Mapping[str, Tensor], name: str, y: Tensor) -> Tensor:
 def side_of(tokens: int) -> int:
     """Of the square grid that so many tokens are. ValueError if they are none."""
     side = round(tokens**0.5)
-    if side * side != tokens:
+    if not tokens or side * side != tokens:
         raise ValueError(f"z: expected the tokens of a square grid (1, 4, 9, 16, ...), got {tokens}")
     return side
 
@@ -223,8 +223,8 @@ class FlowTransformerHead(FlowHead):
     @classmethod
     def from_module(cls, net: nn.Module) -> FlowTransformerHead:
         """The head of any module with FlowAR's parameter names (its own forward is not used). ValueError if they differ."""
-        named = (*net.named_parameters(), *net.named_buffers())
-        return cls(net, FlowTransformerSpec.of({name: tuple(p.shape) for name, p in named}, f"net ({type(net).__name__})"))
+        shapes = {name: tuple(p.shape) for name, p in parameters_of(net, buffers=True).items()}
+        return cls(net, FlowTransformerSpec.of(shapes, f"net ({type(net).__name__})"))
 
     @classmethod
     def from_state_dict(cls, sd: Mapping[str, Tensor], prefix: str = "") -> FlowTransformerHead:
@@ -280,14 +280,13 @@ class FlowTransformerHead(FlowHead):
         return torch.cat([x] * halves).to(torch.promote_types(dtype, torch.float32))
 
     def _check(self, z: Tensor, cfg: float, dtype: torch.dtype) -> None:
-        if not isinstance(z, Tensor) or z.ndim != 3 or z.shape[2] != self.spec.z_channels:
+        if not is_dense(z) or z.ndim != 3 or z.shape[2] != self.spec.z_channels:
             raise ValueError(f"z: expected a [rows, tokens, {self.spec.z_channels}] tensor, got {describe(z)}")
         if not z.is_floating_point():
             raise ValueError(f"z: expected a floating point tensor, got {describe(z)}")
         if z.device != self.device:
             raise ValueError(f"z: expected it on {self.device}, where the head's parameters are, got {describe(z)}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
+        check_dtype(dtype)
         if cfg > 1 and len(z) % 2:
             raise ValueError(f"z: guidance (cfg = {cfg:g}) expects an even number of rows, conditional half first, got {len(z)}")
         side_of(z.shape[1])

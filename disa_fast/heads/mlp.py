@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, graphs, ops, profiling
-from ..checks import check_shapes, is_whole
+from ..checks import MOST, check_dtype, check_flag, check_generator, check_shapes, describe, is_dense, is_whole, scalar, whole
 from ..onednn import packed_linear
 from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import DEFAULT_CLIP, Solver, StepTable, resolve
-from .packing import Packing, describe, holding, scalar, settle, state_of
+from .packing import Packing, holding, parameters_of, settle, state_of
 
 FREQUENCIES = 256
 LN_EPS = 1e-6
@@ -257,7 +257,8 @@ class MLPHead(Packing):
     @classmethod
     def from_module(cls, net: nn.Module) -> MLPHead:
         """The head of any module with MAR's parameter names (its own forward is not used). ValueError if they differ."""
-        return cls(net, MLPSpec.of({name: tuple(p.shape) for name, p in net.named_parameters()}, f"net ({type(net).__name__})"))
+        shapes = {name: tuple(p.shape) for name, p in parameters_of(net).items()}
+        return cls(net, MLPSpec.of(shapes, f"net ({type(net).__name__})"))
 
     @classmethod
     def from_state_dict(cls, sd: Mapping[str, Tensor], prefix: str = "") -> MLPHead:
@@ -306,15 +307,22 @@ class MLPHead(Packing):
         Captures the largest first, so that all graphs share one block of memory; `disa_fast.explain` prints what there is. Draws
         no random numbers. On backends without graphs one short call is all there is to do. Raises as `denoise` does.
         """
-        schedule, table_for = as_schedule(schedule), resolve(solver, clip)
-        fixed = None if callable(rows) else [rows] if is_whole(rows) else list(rows)
+        schedule, table_for, K = as_schedule(schedule), resolve(solver, clip), whole("K", K)
+        try:
+            fixed = None if callable(rows) else [rows] if is_whole(rows) else list(rows)
+        except TypeError:
+            raise ValueError(f"rows: expected a whole number, several, or a callable (k, K) -> rows, got {rows!r}") from None
         wanted = [(k, number) for k in range(K) for number in ([rows(k, K)] if fixed is None else fixed)]
+        check_flag("guided", guided)
         for _, number in wanted:
-            if not is_whole(number) or number < 1:
+            if not is_whole(number) or not 1 <= number <= MOST:
                 raise ValueError(f"rows: expected whole numbers of at least 1, got {number!r}")
+            if guided and number % 2:
+                raise ValueError(f"rows: guidance expects even numbers, conditional half first, got {number!r}")
         shapes = {(steps_at(schedule, k, K), graphs.row_bucket(number)) for k, number in wanted}
         largest_first = sorted(shapes, key=lambda shape: (shape[1], shape[0]), reverse=True)
         device, dtype = self.device, self.dtype if dtype is None else dtype
+        check_dtype(dtype)
         chosen = {backends.choose(backend, self.spec, dtype, device, number, batch_invariant) for _, number in largest_first}
         if not any(backends.BACKENDS[name].captures() for name in chosen):
             largest_first = largest_first[-1:]
@@ -438,7 +446,7 @@ class MLPHead(Packing):
         )
 
     def _check(self, z: Tensor, table: StepTable, cfg: float, temperature: float, dtype: torch.dtype) -> None:
-        if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != self.spec.z_channels:
+        if not is_dense(z) or z.ndim != 2 or z.shape[1] != self.spec.z_channels:
             raise ValueError(f"z: expected a [rows, {self.spec.z_channels}] tensor, got {describe(z)}")
         if not z.is_floating_point():
             raise ValueError(f"z: expected a floating point tensor, got {describe(z)}")
@@ -446,8 +454,7 @@ class MLPHead(Packing):
             raise ValueError(f"z: expected it on {self.device}, where the head's parameters are, got {describe(z)}")
         if not isinstance(table, StepTable):
             raise ValueError(f"table: expected a StepTable such as disa_fast.solvers.ddpm(50), got {table!r}")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating point torch.dtype or None, got {dtype!r}")
+        check_dtype(dtype)
         if cfg != 1.0 and len(z) % 2:
             raise ValueError(f"z: guidance (cfg = {cfg:g}) expects an even number of rows, conditional half first, got {len(z)}")
         if temperature < 0:
@@ -458,11 +465,27 @@ def draws_of(generator: torch.Generator | None, device: torch.device) -> tuple[D
     """What draws the start and what draws the steps' noise for a model on `device`, as upstream does: the start with the CPU's
     generator, also for a model on a GPU, the rest where the model is; or all with the generator given."""
 
+    check_generator(generator)
+
     def on(source: torch.device) -> Draw:
         source = source if generator is None else generator.device
         return lambda shape, dtype: torch.randn(shape, dtype=dtype, device=source, generator=generator).to(device)
 
     return on(torch.device("cpu")), on(device)
+
+
+def checked(draw: Draw) -> Draw:
+    """`draw`, a user's; ValueError where it is no callable, and for what it makes that is not as asked for."""
+    if not callable(draw):
+        raise ValueError(f"draw: expected a callable (shape, dtype) -> Tensor, got {draw!r}")
+
+    def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        noise = draw(shape, dtype)
+        if not is_dense(noise) or tuple(noise.shape) != tuple(shape) or not noise.is_floating_point():
+            raise ValueError(f"draw: expected it to make {list(shape)} of {dtype}, got {describe(noise)}")
+        return noise
+
+    return drawn
 
 
 def draw_noise(
@@ -496,7 +519,7 @@ def _trajectory_rows(
         return None
     allowed = {(*lead, rows, channels) for rows in (trajectories, len(z))}
     shapes = " or ".join(str(list(shape)) for shape in sorted(allowed))
-    if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in allowed or not tensor.is_floating_point():
+    if not is_dense(tensor) or tuple(tensor.shape) not in allowed or not tensor.is_floating_point():
         raise ValueError(f"{name}: expected a floating point {shapes} tensor, got {describe(tensor)}")
     if tensor.device != z.device:
         raise ValueError(f"{name}: expected it on {z.device}, where z is, got {describe(tensor)}")

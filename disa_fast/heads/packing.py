@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from ..checks import FLOATS, describe, is_dense
 
 Packed = TypeVar("Packed")
 Net = TypeVar("Net", bound=nn.Module)
@@ -97,12 +98,33 @@ def settle(device: torch.device) -> None:
 
 
 def state_of(sd: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The part of a state dict whose keys start with `prefix`, without it. ValueError for what is not a floating point tensor."""
+    """The part of a state dict whose keys start with `prefix`, without it. ValueError for what are no parameters."""
+    if not isinstance(sd, Mapping) or not all(isinstance(name, str) for name in sd):
+        raise ValueError(f"sd: expected a state dict, tensors by name, got {sd!r}")
+    if not isinstance(prefix, str):
+        raise ValueError(f"prefix: expected what the names begin with, got {prefix!r}")
     part = {name.removeprefix(prefix): tensor for name, tensor in sd.items() if name.startswith(prefix)}
-    for name, tensor in part.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"state dict: {name}: expected a floating point tensor, got {describe(tensor)}")
+    check_parameters(part, "state dict")
     return part
+
+
+def parameters_of(net: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
+    """A module's parameters by name, and its buffers or not. ValueError for what is no module, and for what are no parameters."""
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"net: expected a torch.nn.Module, got {net!r}")
+    named = dict(net.named_parameters()) | (dict(net.named_buffers()) if buffers else {})
+    check_parameters(named, f"net ({type(net).__name__})")
+    return named
+
+
+def check_parameters(named: Mapping[str, Tensor], where: str) -> None:
+    """ValueError for what is not a dense floating point tensor on the device of the first; `where` is what they came from."""
+    for name, tensor in named.items():
+        if not is_dense(tensor) or tensor.dtype not in FLOATS:
+            raise ValueError(f"{where}: {name}: expected a floating point tensor, got {describe(tensor)}")
+        first = next(iter(named.values()))
+        if tensor.device != first.device:
+            raise ValueError(f"{where}: {name}: expected it on {first.device}, where the others are, got {describe(tensor)}")
 
 
 def holding(sd: Mapping[str, Tensor], make: Callable[[Any], Net], spec: Any) -> Net:
@@ -111,22 +133,3 @@ def holding(sd: Mapping[str, Tensor], make: Callable[[Any], Net], spec: Any) -> 
         net = make(spec)
     net.load_state_dict(sd, assign=True)
     return net.requires_grad_(False)
-
-
-def scalar(name: str, value: float | Tensor) -> float:
-    """A finite number. ValueError naming the argument for anything else."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name}: expected a number or a one-element tensor, got {describe(value)}")
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected a number or a one-element tensor, got {value!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return value
-
-
-def describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{list(value.shape)} of {value.dtype} on {value.device}"
-    return repr(value)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..transformer import PLAIN, Block, Plain, RMSNorm, Rotary, initialize_linears
+from .sizes import check_backbone
 
 
 class Backbone(nn.Module):
@@ -44,12 +45,11 @@ class Backbone(nn.Module):
                 "decoder_embed_dim, decoder_num_heads: class embedding and rotations serve both halves, so expected "
                 f"the encoder's {encoder_embed_dim} and {encoder_num_heads}, got {decoder_embed_dim} and {decoder_num_heads}"
             )
+        check_backbone(img_size, vae_stride, patch_size, mlp_ratio, (encoder_embed_dim,))
         if encoder_embed_dim % (4 * encoder_num_heads):
             raise ValueError(
                 f"encoder_num_heads: expected heads of a multiple of 4 channels, got {encoder_num_heads} for {encoder_embed_dim}"
             )
-        if min(encoder_depth, decoder_depth) < 1:
-            raise ValueError(f"encoder_depth, decoder_depth: expected 1 block each at least, got {encoder_depth}, {decoder_depth}")
         self.patch_size = patch_size
         self.vae_embed_dim = vae_embed_dim
         self.seq_h = self.seq_w = img_size // vae_stride // patch_size

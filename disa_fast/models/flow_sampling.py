@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import graphs, profiling
-from ..checks import check_labels, is_whole
+from ..checks import check_labels, is_whole, scalar
 from ..heads.flow import STATE, check_guidance, draw_flow_noise
-from ..heads.mlp import Draw, draws_of
-from ..heads.packing import scalar
+from ..heads.mlp import Draw, checked, draws_of
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import Solver, StepTable, resolve_flow
 from .backbone import Backbone
@@ -63,9 +62,9 @@ def batch_labels(model: Backbone, labels: Tensor | None, bsz: int | None) -> Ten
     if labels is None:
         if not is_whole(bsz) or bsz < 1:
             raise ValueError(f"labels, bsz: expected labels, or bsz as the number of unconditional images, got bsz = {bsz!r}")
-        return torch.full((bsz,), model.no_class, device=device)
+        return torch.full((int(bsz),), model.no_class, device=device)
     check_labels(labels, model.class_emb.num_embeddings, device)
-    if bsz is not None and bsz != len(labels):
+    if bsz is not None and (not is_whole(bsz) or bsz != len(labels)):
         raise ValueError(f"bsz: expected {len(labels)} or None beside as many labels, got {bsz!r}")
     return labels.long()
 
@@ -74,7 +73,7 @@ def drawn(
     table: StepTable, shape: tuple[int, ...], draw: Draw | None, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """(noise, step_noise) of all rows that upstream draws for, by `draw` or from `generator`."""
-    draws = draws_of(generator, device) if draw is None else (draw, draw)
+    draws = draws_of(generator, device) if draw is None else (checked(draw), checked(draw))
     with profiling.range(profiling.NOISE, len(table)):
         noise, step_noise = draw_flow_noise(table, shape, *draws)
         return noise.to(device, STATE), None if step_noise is None else step_noise.to(device, STATE)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import backends, profiling
-from ..heads.flow_transformer import FlowTransformerHead, FlowTransformerNet, FlowTransformerSpec
+from ..checks import check_flag, scalar, sized, whole
+from ..heads.flow_transformer import HEAD_DIM, FlowTransformerHead, FlowTransformerNet, FlowTransformerSpec
 from ..heads.mlp import Draw
 from ..schedule import Schedule
 from ..solvers import Solver
@@ -56,6 +57,7 @@ class FlowAR(Backbone):
     """The model. Arguments carry upstream's names; see Backbone for images and tokens. scale: sides of the token grids that are
     drawn one after the other, the last that of the image."""
 
+    @sized
     def __init__(
         self,
         img_size: int = 256,
@@ -82,8 +84,14 @@ class FlowAR(Backbone):
         if buffer_size:
             raise ValueError(f"buffer_size: expected 0, with which alone the published sampler works, got {buffer_size}")
         side = img_size // vae_stride // patch_size
+        if not isinstance(scale, Sequence):
+            raise ValueError(f"scale: expected sides from 1 to the image's {side} tokens, got {scale!r}")
+        scale = [whole("scale", s) for s in scale]
         if not scale or (scale[0], scale[-1]) != (1, side):
-            raise ValueError(f"scale: expected sides from 1 to the image's {side} tokens, got {list(scale)}")
+            raise ValueError(f"scale: expected sides from 1 to the image's {side} tokens, got {scale}")
+        check_flag("cross", cross)
+        if diffloss_w % HEAD_DIM:
+            raise ValueError(f"diffloss_w: expected a multiple of {HEAD_DIM}, got {diffloss_w}")
         super().__init__(
             positions=sum(s * s for s in scale),
             rope=Rotary,
@@ -103,7 +111,7 @@ class FlowAR(Backbone):
             attn_dropout=attn_dropout,
             proj_dropout=proj_dropout,
         )
-        self.scale = list(scale)
+        self.scale = scale
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros_like(self.decoder_pos_embed_learned))
         self._initialize()
         self.flownet = FlowTransformerNet(
@@ -174,7 +182,8 @@ class FlowAR(Backbone):
         Returns [B, vae_embed_dim, H, W] latents, float32, or float64 of a float64 model. ValueError for arguments that do not
         fit. torch.autocast is not consulted.
         """
-        labels, K = batch_labels(self, labels, bsz), len(self.scale)
+        labels, K, cfg = batch_labels(self, labels, bsz), len(self.scale), scalar("cfg", cfg)
+        check_flag("progress", progress)
         steps = self.plan(schedule, solver, cfg)
         guided, batch = is_guided(steps, guidance), len(labels)
         drawn_rows = batch * (1 if cfg == 1.0 else 2)  # upstream doubles the batch then, guided or not

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import is_whole
+from ..checks import is_dense, scalar, sized, whole
 from ..heads.mlp import Draw, MLPHead
 from ..philox import Philox
 from ..schedule import Schedule
@@ -23,9 +23,13 @@ from ..vae import LATENT_SCALE
 from .mar import MAR
 from .mar import SIZES as MAR_SIZES
 from .masked_sampling import sample_masked
-from .prompts import GENERIC_PROMPT, encode_prompts, image_prompt, instruction
+from .prompts import GENERIC_PROMPT, check_texts, encode_prompts, image_prompt, instruction
 from .sizes import preset
 
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings",
+)  # fmt: skip
 _QWEN = {"num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 SIZES: dict[str, dict[str, Any]] = {
     "0.5b": {
@@ -58,11 +62,28 @@ class LanguageModel(nn.Module):
             from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"Harmon needs transformers: pip install 'disa-fast[harmon]' ({error})") from error
-        config = Qwen2Config(**{**config, "use_cache": False})
-        self.model = Qwen2Model(config)
+        check_config(config)
+        try:
+            config = Qwen2Config(**{**config, "use_cache": False})
+            self.model = Qwen2Model(config)
+        except Exception as error:  # whatever the library makes of values that it cannot use
+            raise ValueError(f"llm: no Qwen2 can be made of {dict(config)}: {type(error).__name__}: {error}") from error
         if self.model.device.type == "meta":  # a constant that no checkpoint holds: real also where parameters are not yet
             with torch.device("cpu"):
                 self.model.rotary_emb = Qwen2RotaryEmbedding(config)
+
+
+def check_config(config: object) -> None:
+    """ValueError for what does not describe a Qwen2's architecture."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"llm: expected arguments of Qwen2Config by name, got {config!r}")
+    foreign = [name for name in config if not isinstance(name, str) or "implementation" in name]
+    if foreign:  # transformers would fetch and run what a file names there
+        raise ValueError(f"llm: expected what describes a Qwen2's architecture, got {', '.join(map(repr, foreign))}")
+    counts = {name: whole(f"llm: {name}", config[name]) for name in _COUNTS if config.get(name) is not None}
+    for name, of in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+        if name in counts and of in counts and counts[of] % counts[name]:
+            raise ValueError(f"llm: {name}: expected a divisor of {of} = {counts[of]}, got {counts[name]}")
 
 
 def _drop_unused(module: Harmon, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
@@ -79,6 +100,7 @@ class Harmon(nn.Module):
 
     unused_keys = ("llm.lm_head.", "vae.")
 
+    @sized
     def __init__(self, llm: Mapping[str, object], vae_scale: float = LATENT_SCALE, **mar: Any) -> None:
         super().__init__()
         self.vae_scale = vae_scale
@@ -170,11 +192,12 @@ class Harmon(nn.Module):
         Returns [B, vae_embed_dim, H, W] latents in the model's dtype. The state of the head's trajectories is float32 in any
         case, as upstream's. Raises ValueError for arguments that do not fit.
         """
-        guided, mar = cfg != 1.0, self.mar
+        cfg, mar = scalar("cfg", cfg), self.mar
+        guided = cfg != 1.0
         input_ids, prompt_mask = self._prompts(prompt, cfg_prompt if guided else None, input_ids, attention_mask)
         grid = self._grid(image_shape)
         batch = len(input_ids) // 2 if guided else len(input_ids)
-        if guided and isinstance(orders, Tensor) and len(orders) == 2 * batch:
+        if guided and is_dense(orders) and orders.ndim == 2 and len(orders) == 2 * batch:
             orders = orders[:batch]
 
         cache = self.llm.model(input_ids, use_cache=True).past_key_values
@@ -203,9 +226,9 @@ class Harmon(nn.Module):
     def _grid(self, image_shape: object) -> tuple[int, int]:
         if image_shape is None:
             return self.mar.seq_h, self.mar.seq_w
-        if not isinstance(image_shape, Sequence) or len(image_shape) != 2 or not all(is_whole(n) and n > 0 for n in image_shape):
+        if not isinstance(image_shape, Sequence) or len(image_shape) != 2:
             raise ValueError(f"image_shape: expected (tokens high, tokens wide) or None, got {image_shape!r}")
-        return tuple(image_shape)
+        return tuple(whole("image_shape", n) for n in image_shape)
 
     def _prompts(
         self, prompt: object, cfg_prompt: str | None, input_ids: Tensor | None, attention_mask: Tensor | None
@@ -217,14 +240,16 @@ class Harmon(nn.Module):
         if prompt is not None:
             if self.tokenizer is None:
                 raise ValueError("prompt: there is no tokenizer to read it with; set model.tokenizer, or pass input_ids")
-            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            check_texts("prompt", texts)
+            check_texts("cfg_prompt", [] if cfg_prompt is None else [cfg_prompt])
             rows = [image_prompt(text) for text in texts] + ([] if cfg_prompt is None else [cfg_prompt] * len(texts))
             input_ids, attention_mask = encode_prompts(self.tokenizer, [instruction(row) for row in rows])
             input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        if not is_dense(input_ids) or input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids: expected a [rows, L] tensor of whole numbers, got {input_ids!r}")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        if not is_dense(attention_mask) or attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask: expected {list(input_ids.shape)}, as input_ids, got {attention_mask!r}")
         for name, tensor in (("input_ids", input_ids), ("attention_mask", attention_mask)):
             if tensor.device != device:

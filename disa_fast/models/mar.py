@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_labels
+from ..checks import check_labels, describe, is_dense, scalar, sized, whole
 from ..heads.mlp import Draw, MLPHead, MLPNet, MLPSpec
 from ..philox import Philox
 from ..schedule import Schedule
 from ..solvers import DEFAULT_CLIP, Solver
 from ..training import diffusion_loss
 from .masked_sampling import masked_by, random_orders, sample_masked
-from .sizes import preset
+from .sizes import check_backbone, preset
 
 LN_EPS = 1e-6
 # Half a normal distribution around mask ratio 1, cut at mask_ratio_min.
@@ -95,6 +95,7 @@ class MAR(nn.Module):
     """The model. Arguments carry upstream's names; images are [batch, vae_embed_dim, height, width] latents, of
     img_size / vae_stride on a side (vae_stride = 1 and vae_embed_dim = 1: pixels), cut into patch_size x patch_size tokens."""
 
+    @sized
     def __init__(
         self,
         img_size: int = 256,
@@ -119,6 +120,13 @@ class MAR(nn.Module):
         diffusion_batch_mul: int = 4,
     ) -> None:
         super().__init__()
+        check_backbone(img_size, vae_stride, patch_size, mlp_ratio, (encoder_embed_dim, decoder_embed_dim))
+        if buffer_size < 1:
+            raise ValueError(f"buffer_size: expected at least 1 token for the class, got {buffer_size}")
+        backbone = {"encoder": (encoder_embed_dim, encoder_num_heads), "decoder": (decoder_embed_dim, decoder_num_heads)}
+        for part, (dim, heads) in backbone.items():
+            if dim % heads:
+                raise ValueError(f"{part}_num_heads: expected a divisor of {dim} channels, got {heads}")
         self.vae_stride = vae_stride
         self.patch_size = patch_size
         self.vae_embed_dim = vae_embed_dim
@@ -285,7 +293,8 @@ class MAR(nn.Module):
         Returns [B, vae_embed_dim, H, W] latents. Raises ValueError for arguments that do not fit, among them more
         iterations than tokens.
         """
-        batch, guided = self._batch_size(labels, orders, bsz), cfg != 1.0
+        batch, cfg = self._batch_size(labels, orders, bsz), scalar("cfg", cfg)
+        guided = cfg != 1.0
         class_embedding = self.fake_latent.expand(batch, -1) if labels is None else self.class_emb(labels)
         if guided:
             class_embedding = torch.cat([class_embedding, self.fake_latent.expand(batch, -1)])
@@ -300,8 +309,10 @@ class MAR(nn.Module):
         classes, device = self.class_emb.num_embeddings, self.fake_latent.device
         if labels is not None:
             check_labels(labels, classes, device)
-        sizes = {"labels": labels, "orders": orders}
-        given = {name: len(value) for name, value in sizes.items() if value is not None} | ({"bsz": bsz} if bsz else {})
-        if len(set(given.values())) != 1:
-            raise ValueError(f"labels, orders, bsz: expected one batch size, got {given or 'none of them'}")
+        if orders is not None and not (is_dense(orders) and orders.ndim == 2):
+            raise ValueError(f"orders: expected a [B, {self.seq_len}] tensor or None, got {describe(orders)}")
+        given = {name: len(value) for name, value in {"labels": labels, "orders": orders}.items() if value is not None}
+        given |= {} if bsz is None else {"bsz": whole("bsz", bsz)}
+        if len(set(given.values())) != 1 or 0 in given.values():
+            raise ValueError(f"labels, orders, bsz: expected one batch size, at least 1, got {given or 'none of them'}")
         return next(iter(given.values()))

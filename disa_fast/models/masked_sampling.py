@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import profiling
-from ..checks import is_whole
-from ..heads.mlp import Draw, MLPHead, draw_noise
+from ..checks import check_choice, check_flag, check_generator, describe, is_dense, is_whole
+from ..heads.mlp import Draw, MLPHead, checked, draw_noise
 from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import Solver, resolve
@@ -30,14 +30,15 @@ def masked_by(orders: Tensor, count: int) -> Tensor:
 
 def random_orders(batch: int, tokens: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """[batch, tokens] int64: a random generation order for each image."""
+    check_generator(generator)
     source = None if generator is None else generator.device
     return torch.rand(batch, tokens, generator=generator, device=source).argsort(dim=1).to(device)
 
 
 def check_orders(orders: object, batch: int, tokens: int, device: torch.device) -> None:
     """ValueError for what is not [batch, tokens] on `device`, each row a permutation."""
-    if not isinstance(orders, Tensor):
-        raise ValueError(f"orders: expected a [{batch}, {tokens}] tensor or None, got {orders!r}")
+    if not is_dense(orders) or orders.dtype != torch.int64:
+        raise ValueError(f"orders: expected a [{batch}, {tokens}] tensor of torch.int64 or None, got {describe(orders)}")
     if orders.device != device:
         raise ValueError(f"orders: expected it on {device}, where the model is, got {orders.device}")
     every = torch.arange(tokens, device=device).expand(batch, -1)
@@ -72,13 +73,15 @@ def sample_masked(
     [rows, tokens] bool; with guidance, rows are the images twice, conditional half first.
     """
     schedule, table_for = as_schedule(schedule), resolve(solver, clip)
-    if cfg_schedule not in ("linear", "constant"):
-        raise ValueError(f"cfg_schedule: expected 'linear' or 'constant', got {cfg_schedule!r}")
+    check_choice("cfg_schedule", cfg_schedule, ("linear", "constant"))
+    check_flag("progress", progress)
     if not is_whole(num_iter) or not 1 <= num_iter <= tokens:
         raise ValueError(f"num_iter: expected 1 to {tokens} iterations (one token each at least), got {num_iter!r}")
     check_rng(rng)
-    if draw is not None and rng != "torch":
-        raise ValueError(f"draw: expected None beside rng = {rng!r}, got {draw!r}")
+    if draw is not None:
+        if rng != "torch":
+            raise ValueError(f"draw: expected None beside rng = {rng!r}, got {draw!r}")
+        draw = checked(draw)
     dtype, device = head.dtype, head.device
     if orders is None:
         orders = random_orders(batch, tokens, generator, device)

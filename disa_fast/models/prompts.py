@@ -21,6 +21,17 @@ def image_prompt(text: str) -> str:
     return f"Generate an image: {text}"
 
 
+def check_texts(name: str, texts: object) -> None:
+    """ValueError for what is not a sequence of texts, and for one that has no UTF-8."""
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}: expected a text, or several, got {texts!r}")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}: expected text, got {text!r}: {error.reason}") from None
+
+
 def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask): [B, L] int64, padded on the right with 0, and [B, L] bool, true where there is a text.
 

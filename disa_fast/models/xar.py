@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import profiling
+from ..checks import check_flag, sized
 from ..heads.cell_transformer import CellTransformerHead
 from ..heads.flow_transformer import time_index
 from ..heads.mlp import FREQUENCIES, Draw, embed_time
@@ -66,6 +67,7 @@ class XAR(Backbone):
     """The model. Arguments carry upstream's names; see Backbone for images and tokens. clusters: cells of an image, a square
     number."""
 
+    @sized
     def __init__(
         self,
         img_size: int = 256,
@@ -85,8 +87,8 @@ class XAR(Backbone):
         proj_dropout: float = 0.0,
         clusters: int = 4,
     ) -> None:
-        side, on_a_side = img_size // vae_stride // patch_size, math.isqrt(max(0, clusters))
-        if clusters < 1 or on_a_side**2 != clusters or side % on_a_side:
+        side, on_a_side = img_size // vae_stride // patch_size, math.isqrt(clusters)
+        if on_a_side**2 != clusters or side % on_a_side:
             raise ValueError(f"clusters: expected a square number whose root divides the {side} tokens on a side, got {clusters}")
         tables = functools.partial(_tables, side=side, on_a_side=on_a_side)
         super().__init__(
@@ -176,6 +178,7 @@ class XAR(Backbone):
         in a cell between first and last).
         """
         labels, K = batch_labels(self, labels, bsz), self.clusters
+        check_flag("progress", progress)
         steps = self.plan(schedule, solver, cfg)
         guided, batch, dtype = is_guided(steps, guidance), len(labels), self.pred.weight.dtype
         rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels

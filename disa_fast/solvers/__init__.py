@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from ..checks import check_choice
 from .ddim import ddim
 from .ddpm import ddpm
 from .dpm_solver import dpm_solver
-from .flow_euler import flow_euler
+from .flow_euler import GRIDS, flow_euler
 from .flow_euler_maruyama import flow_euler_maruyama
 from .table import StepTable
 
@@ -46,14 +47,32 @@ def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solv
         "dpm_solver": dpm_solver,
         "dpm_solver++": functools.partial(dpm_solver, plus_plus=True),
     }
-    if not callable(solver) and solver not in by_name:
-        raise ValueError(f"solver: expected one of {list(NAMES)} or a callable steps -> StepTable, got {solver!r}")
-    build: Callable[..., StepTable] = solver if callable(solver) else by_name[solver]
-    if clip != DEFAULT_CLIP:
-        if solver not in ("ddpm", "ddim"):
+    build = _named(solver, by_name)
+    if not is_default(clip):
+        if build not in (ddpm, ddim) or callable(solver):
             raise ValueError(f"clip: only 'ddpm' and 'ddim' take one, got clip = {clip!r} with solver {solver!r}")
         build = functools.partial(build, clip=clip)
     return functools.lru_cache(maxsize=256)(build)
+
+
+def is_default(clip: object) -> bool:
+    return isinstance(clip, str) and clip == DEFAULT_CLIP
+
+
+def _named(solver: str | Solver, by_name: dict[str, Solver]) -> Solver:
+    """A name's solver; a user's callable, checked. ValueError for anything else."""
+    if callable(solver):
+        return functools.partial(_made_by, solver)
+    if not isinstance(solver, str) or solver not in by_name:
+        raise ValueError(f"solver: expected one of {list(by_name)} or a callable steps -> StepTable, got {solver!r}")
+    return by_name[solver]
+
+
+def _made_by(solver: Solver, steps: int) -> StepTable:
+    table = solver(steps)
+    if not isinstance(table, StepTable):
+        raise ValueError(f"solver: expected {solver!r} to make a StepTable of {steps} steps, got {table!r}")
+    return table
 
 
 # One table for all calls, since what is derived from a table is kept by table.
@@ -65,6 +84,6 @@ def resolve_flow(solver: str | Solver, grid: str) -> Solver:
     """steps -> StepTable, cached by step count, for a name of `FLOW_NAMES` or for any callable of the same kind. grid: Euler's, as
     in flow_euler."""
     by_name: dict[str, Solver] = {"euler": functools.partial(_flow_euler, grid=grid), "euler_maruyama": _flow_euler_maruyama}
-    if not callable(solver) and solver not in by_name:
-        raise ValueError(f"solver: expected one of {list(FLOW_NAMES)} or a callable steps -> StepTable, got {solver!r}")
-    return functools.lru_cache(maxsize=256)(solver) if callable(solver) else by_name[solver]
+    check_choice("grid", grid, GRIDS)
+    build = _named(solver, by_name)
+    return functools.lru_cache(maxsize=256)(build) if callable(solver) else build

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .diffusion import BASE_STEPS, check_steps, clip_timesteps, descending, respaced_betas
+from .diffusion import BASE_STEPS, checked_steps, clip_timesteps, descending, respaced_betas
 from .table import StepTable
 
 
@@ -27,7 +27,7 @@ def ddim(steps: int, clip: int | None = 980) -> StepTable:
 
 def ddim_timesteps(steps: int, clip: int | None) -> np.ndarray:
     """The base timesteps of `ddim`, ascending; one step starts at the top, not at time 0."""
-    check_steps(steps)
+    steps = checked_steps(steps)
     if steps == 1:
         return clip_timesteps([BASE_STEPS - 1], clip)
     fits = (

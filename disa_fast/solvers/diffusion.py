@@ -33,11 +33,13 @@ def cosine_alphas_cumprod() -> np.ndarray:
     return alphas_cumprod
 
 
-def check_steps(steps: int) -> None:
+def checked_steps(steps: int) -> int:
+    """As Python's number, which does not overflow. ValueError for what is not a whole number from 1 to 1000."""
     if not is_whole(steps):
         raise ValueError(f"steps: expected a whole number of denoising steps, got {steps!r}")
     if not 1 <= steps <= BASE_STEPS:
         raise ValueError(f"steps: expected 1 to {BASE_STEPS} denoising steps, got {steps}")
+    return int(steps)
 
 
 def respace(steps: int, clip: int | None) -> np.ndarray:
@@ -46,7 +48,7 @@ def respace(steps: int, clip: int | None) -> np.ndarray:
     Positions are spread evenly over 0..999, accumulated in floating point, rounded half to even, then clipped from above;
     those that meet at the clip become one, so 50 steps are 48 at clip 950. One step starts at the top, not at time 0.
     """
-    check_steps(steps)
+    steps = checked_steps(steps)
     if steps == 1:
         return clip_timesteps([BASE_STEPS - 1], clip)
     stride = (BASE_STEPS - 1) / (steps - 1)
@@ -63,7 +65,7 @@ def clip_timesteps(timesteps: list[int], clip: int | None) -> np.ndarray:
         clip = BASE_STEPS - 1
     if not is_whole(clip) or clip < 0:
         raise ValueError(f"clip: expected a timestep (a whole number from 0) or None, got {clip!r}")
-    return np.unique(np.minimum(timesteps, clip))
+    return np.unique(np.minimum(timesteps, min(int(clip), BASE_STEPS - 1)))
 
 
 def respaced_betas(timesteps: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .diffusion import BASE_STEPS, check_steps, cosine_alphas_cumprod
+from ..checks import check_flag
+from .diffusion import BASE_STEPS, checked_steps, cosine_alphas_cumprod
 from .table import StepTable
 
 _T_START = 0.95
@@ -23,7 +24,8 @@ def dpm_solver(steps: int, plus_plus: bool = False) -> StepTable:
     which are equal at first order but for rounding. Deterministic: temperature has no effect. Raises ValueError for steps
     outside 1..1000.
     """
-    check_steps(steps)
+    steps = checked_steps(steps)
+    check_flag("plus_plus", plus_plus)
     log_alpha_grid = 0.5 * np.log(cosine_alphas_cumprod()[: _CLIP + 1])
     t_grid = np.linspace(0, _T_START, len(log_alpha_grid) + 1)[1:]
     t = np.linspace(_T_START, 1 / len(log_alpha_grid), steps + 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .diffusion import check_steps
+from ..checks import check_choice
+from .diffusion import checked_steps
 from .table import StepTable
 
 GRIDS = ("flowar", "uniform")
@@ -22,9 +23,8 @@ def flow_euler(steps: int, grid: str = "flowar") -> StepTable:
 
     Deterministic: temperature has no effect. Raises ValueError for steps outside 1..1000 or another grid.
     """
-    check_steps(steps)
-    if grid not in GRIDS:
-        raise ValueError(f"grid: expected one of {list(GRIDS)}, got {grid!r}")
+    steps = checked_steps(steps)
+    check_choice("grid", grid, GRIDS)
     if grid == "flowar" and steps == 1:
         raise ValueError("steps: FlowAR's grid needs at least 2 denoising steps, got 1; grid='uniform' can do 1")
     if grid == "uniform" or steps == _UNIFORM_AT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .diffusion import check_steps
+from .diffusion import checked_steps
 from .flow_euler import linspace
 from .table import StepTable
 
@@ -20,7 +20,7 @@ def flow_euler_maruyama(steps: int) -> StepTable:
 
     which is affine in (x, v). The network is given t itself, in [0, 1]. Raises ValueError for steps outside 1..1000.
     """
-    check_steps(steps)
+    steps = checked_steps(steps)
     times = np.append(linspace(1, T_LAST, steps), 0.0)
     t, dt = times[:-1], np.diff(times)
     noisy = np.arange(steps) < steps - 1

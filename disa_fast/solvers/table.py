@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
+
+from ..checks import check_flag
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +19,7 @@ class StepTable:
 
     solver: the solver's name, for reports.
     t: [T] float64, the time that the network is given at each step.
-    a, b, c, l0, l1: [T] float64.
+    a, b, c, l0, l1: [T] float64, finite but for l0, which may be -inf.
     noisy: [T] bool.
     draws: whether the published sampler draws noise, used or not. A caller that wants its random stream draws as often: on a
         diffusion head at every step (DDIM multiplies it by zero; DPM-Solver draws nothing), on a flow head at noisy steps.
@@ -34,19 +36,20 @@ class StepTable:
     draws: bool
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, np.ndarray):
-                continue
-            expected = np.bool_ if field.name == "noisy" else np.float64
-            if value.shape != self.t.shape or value.ndim != 1 or value.dtype != expected:
-                raise ValueError(
-                    f"{field.name}: expected a [{len(self.t)}] array of {expected.__name__}, "
-                    f"got {list(value.shape)} of {value.dtype}"
-                )
+        if not isinstance(self.solver, str):
+            raise ValueError(f"solver: expected a name, got {self.solver!r}")
+        check_flag("draws", self.draws)
+        steps = self.t.shape if isinstance(self.t, np.ndarray) and self.t.ndim == 1 else ("T",)
+        for name in ("t", "a", "b", "c", "l0", "l1", "noisy"):
+            value, expected = getattr(self, name), np.bool_ if name == "noisy" else np.float64
+            if not isinstance(value, np.ndarray) or value.shape != steps or value.dtype != expected:
+                got = f"{list(value.shape)} of {value.dtype}" if isinstance(value, np.ndarray) else repr(value)
+                raise ValueError(f"{name}: expected a [{steps[0]}] array of {expected.__name__}, got {got}")
             value = np.array(value)  # contiguous, as native code reads it, and nobody else's
+            if not (np.isfinite(value) | (name == "l0") & np.isneginf(value)).all():
+                raise ValueError(f"{name}: expected finite numbers{' or -inf' if name == 'l0' else ''}, got {value}")
             value.flags.writeable = False
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, name, value)
         if len(self.t) == 0:
             raise ValueError("t: expected at least one step, got none")
         if self.noisy.any() and not self.draws:
