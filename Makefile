@@ -58,7 +58,7 @@ bench: $(INSTALLED)
 bench-baseline: $(INSTALLED)
 	$(BIN)/python -m bench.regression baseline
 bench-check: $(INSTALLED)
-	$(BIN)/python -m bench.regression check
+	$(BIN)/python -m bench.regression check $(if $(AGAINST),--against $(AGAINST))
 bench-quick: $(INSTALLED)
 	-$(PEERS)
 	$(BIN)/pytest tests/test_exported.py

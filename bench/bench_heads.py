@@ -53,7 +53,7 @@ BACKENDS = {
     "cpu": {"backend": "cpu"},
     "cpu bfloat16": {"backend": "cpu", "dtype": torch.bfloat16},
 }
-MLP_BACKENDS, FLOW_BACKENDS = ("hoisted", "cpu", "cpu bfloat16"), ("hoisted", "hoisted bfloat16")
+MLP_BACKENDS, FLOW_BACKENDS = tuple(BACKENDS), ("hoisted", "hoisted bfloat16")
 Calls = dict[str, Callable[[], Tensor]]
 
 

@@ -112,7 +112,7 @@ def openvino_network(path: Path, threads: int) -> Network:
 
     options = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it, for the time t too: useless (NOTES.md)
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()

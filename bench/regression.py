@@ -2,12 +2,16 @@
 
     python -m bench.regression baseline          make bench-baseline   writes bench/baselines/<class of machine>.json
     python -m bench.regression check             make bench-check      exit status 1 where a case has lost more than the bound
+    python -m bench.regression check --against main                    the same against a commit, measured here and now in turns
     python -m bench.regression prove             ten checks of the same code, then of code slowed down on purpose, to be on record
 
 The quantity is a ratio: the eager loop's seconds over ours, of two calls that follow each other in one process; the median of many
 such pairs (bench_regression.py). Times of one machine vary by more than any regression worth catching, the ratio much less. What
 is left of it differs from process to process, by where memory came to lie. So a baseline is the median of several processes, and
 a case that seems to have lost more than half of the bound is measured in two more: the median of the three decides.
+
+Machines of one class still differ among themselves, by as much as 8 % where few rows are concerned. A commit that is built and
+measured beside the code, process by process, has no such difference: that is what a change is best judged by.
 
 A program that keeps another core busy moves some ratios by more than the bound, since caches, and often the core itself, are
 shared. So what fails beside one is no verdict: exit status 3.
@@ -21,12 +25,15 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +50,12 @@ BUSY = 0.25  # cores that other programs may have meanwhile
 PROCESSES = 5  # of a baseline
 QUICK = ("MAR-B, 2 rows, cpu", "MAR-B, 8 rows, hoisted", "FlowAR-S, 16 tokens, hoisted")
 QUICK_PAIRS, QUICK_BOUND = 15, 0.5  # one process, and any machine of the class: this is to catch a path that is no longer taken
-PLANTED = 0.15  # slowdown of `prove`
-UNCHANGED = 10  # its checks of unchanged code
+TURNS = 3  # processes of each side of a comparison with a commit
+PACKAGE = ("disa_fast", "kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml")  # what of a commit is measured
+UNCHANGED = 10  # checks of unchanged code by `prove`
+PLANTED = 0.15  # its slowdown of our calls
+SOURCE = "csrc/cpu/kernels.cpp"  # and its slowdown of our code: these lines are taken out
+PREFETCH = "    for (int line = 0; line < lines; ++line) __builtin_prefetch(ahead + 64 * line);\n    ahead += 64 * lines;\n"
 
 
 @dataclass(frozen=True)
@@ -71,15 +82,20 @@ class Verdict:
         return f"{self.case:36} {self.baseline:6.2f}x   {runs or 'not measured':24} {self.slowdown:+7.1%}   {word}"
 
 
-def measure(cases: Sequence[str] = (), pairs: int | None = None, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """pytest-benchmark's record of the cases, by default all, from a process of its own. RuntimeError if that fails."""
+def measure(
+    cases: Sequence[str] = (), pairs: int | None = None, environment: Mapping[str, str] | None = None, root: Path = ROOT
+) -> dict[str, Any]:
+    """pytest-benchmark's record of the cases, by default all, from a process of its own. RuntimeError if that fails.
+
+    root: of the repository, or a copy of it, whose code is measured.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={out}"]
         command += [f"bench/bench_regression.py::test_over_eager[{case}]" for case in cases] or ["bench/bench_regression.py"]
         more = dict(environment or {}) | ({} if pairs is None else {"DISA_FAST_PAIRS": str(pairs)})
         busy, own, started = busy_seconds(), os.times(), time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=root, env=os.environ | more, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
         mine = sum(os.times()[:4]) - sum(own[:4])
@@ -163,17 +179,39 @@ class Checked:
         return "\n".join(lines)
 
 
-def check(baseline: Mapping[str, float], bound: float = BOUND, environment: Mapping[str, str] | None = None) -> Checked:
-    """With a verdict for each case of the baseline."""
-    records = [measure(environment=environment)]
+def check(baseline: Mapping[str, float], bound: float = BOUND, **how: Any) -> Checked:
+    """With a verdict for each case of the baseline. how: environment and root, as `measure` takes them."""
+    records = [measure(**how)]
     now = {name: [over_eager] for name, over_eager in ratios(records[0]).items()}
     suspects = [name for name in baseline if name in now and baseline[name] / now[name][0] - 1 > bound / 2]
     for _ in range(2 if suspects else 0):
-        records.append(measure(suspects, environment=environment))
+        records.append(measure(suspects, **how))
         for name, over_eager in ratios(records[-1]).items():
             now[name].append(over_eager)
     verdicts = [Verdict(name, baseline[name], tuple(now.get(name, ())), bound) for name in baseline]
     return Checked(verdicts, max(record["others"] for record in records))
+
+
+def check_against(commit: str, bound: float = BOUND) -> Checked:
+    """With a verdict for each case, of this code over that of a commit, both by this bench. ValueError if there is none such."""
+
+    def replace(root: Path) -> None:
+        command = ["git", "archive", f"--output={root / 'commit.tar'}", commit, *PACKAGE]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"commit: {commit!r}: {done.stderr.strip()}")
+        for name in PACKAGE:
+            (shutil.rmtree if (root / name).is_dir() else os.remove)(root / name)
+        with tarfile.open(root / "commit.tar") as archive:
+            archive.extractall(root, filter="data")
+
+    with built_copy(replace) as root:
+        pairs = [(measure(root=root), measure()) for _ in range(TURNS)]
+    before, now = ([ratios(record) for record in records] for records in zip(*pairs, strict=True))
+    verdicts = [
+        Verdict(name, statistics.median(run[name] for run in before), tuple(run[name] for run in now), bound) for name in before[0]
+    ]
+    return Checked(verdicts, max(record["others"] for pair in pairs for record in pair))
 
 
 def check_quickly(baseline: Mapping[str, float] | None) -> Checked:
@@ -185,7 +223,8 @@ def check_quickly(baseline: Mapping[str, float] | None) -> Checked:
 
 
 def prove(path: Path, baseline: Mapping[str, float]) -> dict[str, Any]:
-    """Checks of the same code, none of which should fail, and of code that is slower on purpose; written to `path` after each."""
+    """Checks of the same code, none of which should fail, then of calls and of code that are slower on purpose; written to `path`
+    after each."""
     found: dict[str, Any] = stamp() | {"bound": BOUND, "cases": list(baseline), "unchanged": [], "planted": []}
 
     def note(checked: Checked) -> dict[str, Any]:
@@ -202,24 +241,64 @@ def prove(path: Path, baseline: Mapping[str, float]) -> dict[str, Any]:
     for _ in range(UNCHANGED):
         found["unchanged"].append(note(check(baseline)))
         write()
-    run = note(check(baseline, environment={"DISA_FAST_PLANT": str(PLANTED)}))
-    caught = len(run["failed"])
-    planted = {"what": f"ours take {PLANTED:.0%} longer", "slowdown": PLANTED, "caught": caught > 0, "cases_caught": caught}
-    found["planted"].append(planted | {"cases": len(baseline)} | run)
-    write()
+
+    def note_planted(what: str, checked: Checked, cases: Sequence[str]) -> None:
+        """cases: that are concerned."""
+        caught = sum(case in checked.failed for case in cases)
+        planted = {"what": what, "caught": caught > 0, "cases_caught": caught, "cases": len(cases)}
+        found["planted"].append(planted | note(checked))
+        write()
+
+    longer = check(baseline, environment={"DISA_FAST_PLANT": str(PLANTED)})
+    note_planted(f"our calls take {PLANTED:.0%} longer", longer, list(baseline))
+    on_the_core = [case for case in baseline if ", cpu" in case]
+    if on_the_core:
+        with built_copy(without_prefetch) as root:
+            note_planted("the C++ core does not prefetch weights", check(baseline, root=root), on_the_core)
     return found
+
+
+def without_prefetch(root: Path) -> None:
+    source = root / SOURCE
+    before, found, after = source.read_text().partition(PREFETCH)
+    if not found:
+        raise ValueError(f"{SOURCE}: expected to find, to take it out, {PREFETCH!r}")
+    source.write_text(before + after)
+
+
+@contextmanager
+def built_copy(change: Callable[[Path], None]) -> Iterator[Path]:
+    """A copy of what is measured, changed, with its C++ core built."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "copy")
+        left_out = shutil.ignore_patterns(".*", "build", "dist", "docs", "tests", "results", "__pycache__", "_C*.so", "*.egg-info")
+        shutil.copytree(ROOT, root, symlinks=True, ignore=left_out)
+        change(root)
+        environment = (
+            os.environ | {"DISA_FAST_REQUIRE_NATIVE": "1"} | ({} if torch.cuda.is_available() else {"DISA_FAST_CUDA": "0"})
+        )
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=root, env=environment, check=True)
+        yield root
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("baseline", "check", "prove"))
     parser.add_argument("--quick", action="store_true", help="check: a few cases and a wide bound; needs no baseline")
+    parser.add_argument("--against", metavar="COMMIT", help="check: this one, instead of a baseline")
     parser.add_argument("--bound", type=float, default=BOUND, help="check: slowdown that fails, as a share")
     options = parser.parse_args(argv)
     path = baseline_path()
     if options.command == "baseline":
         record_baseline(path)
         return 0
+    if options.command == "check" and options.against is not None:
+        try:
+            checked = check_against(options.against, options.bound)
+        except ValueError as error:
+            parser.error(str(error))
+        print(checked.report())
+        return checked.status
     recorded = json.loads(path.read_text()) if path.exists() else None
     if recorded is None and not options.quick:
         print(f"there is no {path.relative_to(ROOT)}, a baseline for machines of this class: make bench-baseline", file=sys.stderr)

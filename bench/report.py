@@ -31,8 +31,8 @@ SHOWN, SIZE = "MAR-L", "width 1280, depth 8"  # whose steps the README's table a
 SYSTEMS = ("MAR", "Harmon", "FlowAR", "xAR")
 
 PEERS = {"torch.compile": "`torch.compile`", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-HEADS = PEERS | {"hoisted": "`hoisted`", "cpu": "`cpu`, float32", "cpu bfloat16": "`cpu`, bfloat16 weights"}
 FLOW_HEADS = PEERS | {"hoisted": "`hoisted`", "hoisted bfloat16": "`hoisted`, bfloat16"}
+HEADS = FLOW_HEADS | {"cpu": "`cpu`, float32", "cpu bfloat16": "`cpu`, bfloat16 weights"}
 IMAGES = {"torch.compile": "`torch.compile`", "disa_fast": "disa_fast", "disa_fast bfloat16": "disa_fast, bfloat16"}
 PARTS = ("head", "backbone", "other")
 PICTURES = {"speed_up": "heads", "roofline": "heads", "share_of_time": "images", "ar_steps": "images"}  # and of whose results
@@ -455,7 +455,7 @@ def regression_blocks(found: Found) -> str:
         return ""
     failures = recorded["unchanged_failures"]
     planted = [
-        f"{plant['what']}: {'caught' if plant['caught'] else 'not caught'}, by {plant['cases_caught']} of {plant['cases']} ratios"
+        f"{plant['what']} ({'caught' if plant['caught'] else 'not caught'}, by {plant['cases_caught']} of {plant['cases']} ratios)"
         for plant in recorded["planted"]
     ]
     return f"""
@@ -465,7 +465,8 @@ def regression_blocks(found: Found) -> str:
         where ours take more than {percent(recorded["bound"])} longer than at the time of the baseline (bench/baselines, one for
         each class of machine, by `make bench-baseline`). Of {counted(recorded["unchanged_runs"], "check")} of unchanged code
         {failures or "none"} failed. {f"Slowed down on purpose: {'; '.join(planted)}." if planted else ""}
-        That was on {machine_name(recorded["machine"])}, {recorded["date"]} ({RESULTS}/regression.json).
+        That was on {machine_name(recorded["machine"])}, {recorded["date"]} ({RESULTS}/regression.json). A change is best judged by
+        `make bench-check AGAINST=main`: that builds the commit and measures both in turns, so the machine is the same.
         """
 
 

@@ -39,6 +39,7 @@ class Look(NamedTuple):
     label: str
     colour: str
     marker: str
+    line: str = "-"
 
 
 HEADS = {
@@ -47,8 +48,9 @@ HEADS = {
     "onnxruntime": Look("ONNX Runtime", SKY, "D"),
     "openvino": Look("OpenVINO", PURPLE, "P"),
     "hoisted": Look("hoisted", GREEN, "^"),
+    "hoisted bfloat16": Look("hoisted, bfloat16", GREEN, ">", "--"),
     "cpu": Look("cpu", BLUE, "s"),
-    "cpu bfloat16": Look("cpu, bfloat16", VERMILLION, "X"),
+    "cpu bfloat16": Look("cpu, bfloat16", BLUE, "X", "--"),
 }
 CALLS = {
     ("eager", "head"): Look("head, eager", VERMILLION, "o"),
@@ -105,13 +107,13 @@ def roofline(steps: list[dict], source: str) -> Figure:
             axes.plot([left, peak / slope, right], [left * slope, peak, peak], line, color=GREY, linewidth=1.2)
             tilt = {"rotation": math.degrees(math.atan(slope)), "transform_rotates_text": True, "rotation_mode": "anchor"}
             axes.text(left, left * slope * away, f"  {name}: {slope:.0f} GB/s", va=anchor, **tilt, **small)
-        axes.text(1.2 * peak / limits["float32"], 1.04 * peak, f"{peak:.0f} GFLOP/s", va="bottom", **small)
+        axes.text(1.2 * peak / limits["float32"], 1.04 * peak, f"{peak:.0f} GFLOP/s in float32", va="bottom", **small)
         for i, step in enumerate(steps):
             lowest = min(step["results"].values(), key=lambda result: result["GFLOP/s"])
             at = lowest["flops_per_byte"], lowest["GFLOP/s"]
             text = f"{step['rows']}" if i else f"{step['rows']} rows"
             axes.annotate(text, at, (0, -7), textcoords="offset points", ha="center", va="top", **small)
-        axes.set(xlim=(left, right), ylim=(bottom, 1.6 * peak))
+        axes.set(xlim=(left, right), ylim=(bottom, max(1.6 * peak, axes.get_ylim()[1])))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
         _label_ends(axes, ends, gap=0.05)
@@ -193,7 +195,7 @@ def _lines(axes: Axes, steps: list[dict], point: Callable[[dict, dict], tuple[fl
     for name, look in HEADS.items():
         points = [point(step, step["results"][name]) for step in steps if name in step["results"]]
         if points:
-            axes.plot(*zip(*points, strict=True), color=look.colour, marker=look.marker)
+            axes.plot(*zip(*points, strict=True), look.line, color=look.colour, marker=look.marker)
             ends.append(End(*points[-1], look))
     return ends
 

@@ -334,6 +334,7 @@ def parameters(spec):
     ("MLPHead", {"sd": {"input_proj.bias": torch.zeros(24, device="meta")}}),
     ("MLPHead", {"sd": {"input_proj.bias": torch.zeros(24, dtype=torch.float8_e4m3fn)}}),
     ("MLPHead", {"sd": {"input_proj.weight": made((24, 16), torch.float32, "sparse")}}),
+    ("MLPHead", {"sd": {"input_proj.weight": made((24, 16), torch.float32, "inference")}}),
     ("FlowTransformerHead", {"prefix": 3}),
 )
 @fuzz(

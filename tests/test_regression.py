@@ -5,6 +5,9 @@ import math
 import random
 import re
 import statistics
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 import regression
@@ -80,6 +83,64 @@ def test_unchanged_code_passes_and_a_slowdown_does_not(monkeypatch):
         assert set(checked.failed) <= {"b"}
         caught += checked.status == 1
     assert caught >= 45
+
+
+def test_a_commit_is_measured_in_turns_with_the_code(monkeypatch):
+    """On a machine that is another one at each turn."""
+    roots, speeds = [], iter([1.0, 1.0, 0.7, 0.7, 1.2, 1.2])
+
+    @contextmanager
+    def built_copy(change):
+        yield "copy"
+
+    def measure(cases=(), root=regression.ROOT):
+        roots.append(root)
+        speed = next(speeds)
+        now = {"b": 0.15} if root == regression.ROOT else {}
+        return made_up({name: over * speed for name, over in BASELINE.items()}, now, len(roots), 0.0)()
+
+    monkeypatch.setattr(regression, "built_copy", built_copy)
+    monkeypatch.setattr(regression, "measure", measure)
+    checked = regression.check_against("main")
+    assert roots == ["copy", regression.ROOT] * 3
+    assert checked.failed == ["b"]
+    assert {verdict.case: len(verdict.now) for verdict in checked.verdicts} == dict.fromkeys(BASELINE, 3)
+    assert checked.verdicts[1].slowdown == pytest.approx(0.15)
+
+
+def test_a_commit_that_is_not_there_is_said_so(capsys):
+    with pytest.raises(SystemExit) as error:
+        regression.main(["check", "--against", "nowhere"])
+    assert error.value.code == 2
+    assert "error: commit: 'nowhere': " in capsys.readouterr().err
+
+
+def test_the_line_that_is_taken_out_is_there(tmp_path):
+    copy = tmp_path / regression.SOURCE
+    copy.parent.mkdir(parents=True)
+    original = (regression.ROOT / regression.SOURCE).read_text()
+    copy.write_text(original)
+    regression.without_prefetch(tmp_path)
+    assert copy.read_text() == original.replace(regression.PREFETCH, "") != original
+    with pytest.raises(ValueError, match=r"csrc/cpu/kernels\.cpp: expected to find"):
+        regression.without_prefetch(tmp_path)
+
+
+@pytest.mark.native
+def test_a_copy_is_built_of_a_commit(monkeypatch):
+    """And that is what is measured in it."""
+    measured = []
+
+    def measure(cases=(), root=regression.ROOT):
+        if root != regression.ROOT:
+            script = "import disa_fast; from disa_fast.backends import cpu; print(disa_fast.__file__, cpu.is_built())"
+            done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+            measured.append(done.stdout.split() == [str(root / "disa_fast" / "__init__.py"), "True"])
+        return made_up(BASELINE, {}, 0, 0.0)()
+
+    monkeypatch.setattr(regression, "measure", measure)
+    assert regression.check_against("HEAD").status == 0
+    assert measured == [True] * 3
 
 
 def test_one_bad_process_is_no_regression(monkeypatch):
@@ -184,8 +245,11 @@ def test_the_recorded_proof():
         assert set(run["slowdowns"]) == set(baseline["cases"])
         assert max(run["slowdowns"].values()) <= BOUND
         assert run["others"] < BUSY
-    planted = proof["planted"][0]
-    assert planted["slowdown"] == 0.15
-    assert {name for name, slowdown in planted["slowdowns"].items() if slowdown > BOUND} == set(planted["failed"])
-    assert planted["cases_caught"] == len(planted["failed"]) > 0
-    assert planted["others"] < BUSY
+    calls, code = proof["planted"]
+    assert calls["what"] == "our calls take 15% longer"
+    assert set(calls["failed"]) == set(baseline["cases"])
+    assert code["what"] == "the C++ core does not prefetch weights"
+    for planted in (calls, code):
+        assert {name for name, slowdown in planted["slowdowns"].items() if slowdown > BOUND} == set(planted["failed"])
+        assert planted["cases"] >= planted["cases_caught"] == len(planted["failed"]) > 0
+        assert planted["others"] < BUSY

@@ -130,6 +130,6 @@ def check_parameters(named: Mapping[str, Tensor], where: str) -> None:
 def holding(sd: Mapping[str, Tensor], make: Callable[[Any], Net], spec: Any) -> Net:
     """make(spec) with the very tensors of `sd`, frozen."""
     with torch.device("meta"):
-        net = make(spec)
+        net = make(spec).requires_grad_(False)  # before: tensors of inference mode may not be asked for gradients, not even once
     net.load_state_dict(sd, assign=True)
-    return net.requires_grad_(False)
+    return net
