@@ -1,8 +1,8 @@
 """`make bench-report`: README.md's performance section, docs/benchmarks/index.html and its pictures, of the committed results.
 
-All is made of bench/results/heads.json and images.json (`make bench`), and of regression.json where there is one. With --check
-nothing is written: what differs is shown, and is an error. Drawing needs matplotlib, the check does not: a picture carries the
-digest of the results that it was drawn from.
+All is made of bench/results/heads.json and images.json (`make bench`), and of regression.json and soak.json where they are. With
+--check nothing is written: what differs is shown, and is an error. Drawing needs matplotlib, the check does not: a picture carries
+the digest of the results that it was drawn from.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ class Results:
 
 @dataclass(frozen=True)
 class Found:
-    """regression: what bench/regression.py recorded, if it did."""
+    """regression, soak: what bench/regression.py and bench/soak.py recorded, if they did."""
 
     heads: Results
     images: Results
     regression: dict[str, Any] | None
+    soak: dict[str, Any] | None
 
     @property
     def steps(self) -> dict[str, list[Entry]]:
@@ -100,8 +101,8 @@ def read(root: Path) -> Found:
     """The committed results. FileNotFoundError where there are none, ValueError where they are others than those of bench/."""
     heads = read_results(root, "heads.json", ("step", "trajectory", "neighbours"))
     images = read_results(root, "images.json", ("image",))
-    recorded = root / RESULTS / "regression.json"
-    found = Found(heads, images, json.loads(recorded.read_text()) if recorded.is_file() else None)
+    records = (root / RESULTS / name for name in ("regression.json", "soak.json"))
+    found = Found(heads, images, *(json.loads(path.read_text()) if path.is_file() else None for path in records))
     if SHOWN not in found.steps:
         raise ValueError(f"{heads.path}: expected steps of {SHOWN}, found those of {listed(list(found.steps)) or 'no MAR'}")
     if len(found.named_images) < len(images.entries):
@@ -349,6 +350,8 @@ def section(found: Found) -> str:
 
         {regression_blocks(found)}
 
+        {soak_block(found)}
+
         All tables, the time of every AR step and the roofline are in {PAGES}/index.html. `make bench` measures anew, `make
         bench-check` compares with the baseline, and `make bench-report` makes this section and that page of what lies in
         bench/results.
@@ -467,6 +470,20 @@ def regression_blocks(found: Found) -> str:
         {failures or "none"} failed. {f"Slowed down on purpose: {'; '.join(planted)}." if planted else ""}
         That was on {machine_name(recorded["machine"])}, {recorded["date"]} ({RESULTS}/regression.json). A change is best judged by
         `make bench-check AGAINST=main`: that builds the commit and measures both in turns, so the machine is the same.
+        """
+
+
+def soak_block(found: Found) -> str:
+    soak = found.soak
+    if soak is None:
+        return ""
+    failed = len(soak["failures"]) + sum(not verdict["holds"] for verdict in soak["verdicts"])
+    (grown,) = (verdict["grew"] for verdict in soak["verdicts"] if verdict["what"].startswith("resident bytes, fitted"))
+    return f"""
+        `make soak` made {soak["calls"]:,} calls of random rows, steps, solvers, guidance, dtypes and backends,
+        {soak["calls_beside_others"]:,} of them beside others: {failed or "none"} failed, {soak["repeats_compared"]:,} repeats were
+        compared with the bits of their first run, and resident memory grew by {grown / 1e6:.0f} MB ({soak["date"]},
+        {RESULTS}/soak.json).
         """
 
 
