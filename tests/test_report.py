@@ -237,8 +237,8 @@ def test_prose_carries_the_numbers(tmp_path):
         "where ours take more than 10 % longer than",
         "Of 10 checks of unchanged code none failed. Slowed down on purpose: our calls take 15% longer (caught, by 2 of 3 "
         "ratios); no packing (not caught, by 0 of 3 ratios). That was on 1 thread of a Neoverse (AVX512), 2026-11-26",
-        "`make soak` made 100,000 calls of random rows, steps, solvers, guidance, dtypes and backends, 39,000 of them beside others: none "
-        "failed, 49,000 repeats were compared with the bits of their first run, and resident memory grew by 10 MB "
+        "`make soak` made 100,000 calls of random rows, steps, solvers, guidance, dtypes and backends, 39,000 of them beside "
+        "others: none failed, 49,000 repeats were compared with the bits of their first run, and resident memory grew by 10 MB "
         "(2026-11-27, bench/results/soak.json).",
     ):
         assert sentence in section
