@@ -1,9 +1,11 @@
 """bench/regression.py: what it takes for slower, and what it does not. Numbers of real runs: bench/results/regression.json."""
 
+import importlib.util
 import json
 import math
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -129,6 +131,10 @@ def test_the_line_that_is_taken_out_is_there(tmp_path):
 @pytest.mark.native
 def test_a_copy_is_built_of_a_commit(monkeypatch):
     """And that is what is measured in it."""
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=regression.ROOT, capture_output=True).returncode:
+        pytest.skip("needs the repository, with git")
+    if not shutil.which("cmake") or not shutil.which("ninja") or not importlib.util.find_spec("pybind11"):
+        pytest.skip("needs cmake, ninja and pybind11: pip install 'disa-fast[native]'")
     measured = []
 
     def measure(cases=(), root=regression.ROOT):
