@@ -533,7 +533,8 @@ their quartiles in brackets. Times are there for their proportions; those of oth
 {"".join(by_model)}
 {figure("roofline", f"Roofline of the {SHOWN} head: all contestants, and the bandwidth and the peak of the machine", heads)}
 <p>All points are the hoisted loop's work over the time taken, whoever runs: what the others compute beyond that does not count.
-In bfloat16 a byte of weights holds twice as many numbers.</p>
+In bfloat16 a byte of weights holds twice as many numbers. The peak is that of multiply-adds in float32; a library's products of
+bfloat16 may go beyond it.</p>
 {limits_table(found).html()}
 <p>{marked(beside_neighbours(found))}</p>
 

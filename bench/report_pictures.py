@@ -107,7 +107,7 @@ def roofline(steps: list[dict], source: str) -> Figure:
             axes.plot([left, peak / slope, right], [left * slope, peak, peak], line, color=GREY, linewidth=1.2)
             tilt = {"rotation": math.degrees(math.atan(slope)), "transform_rotates_text": True, "rotation_mode": "anchor"}
             axes.text(left, left * slope * away, f"  {name}: {slope:.0f} GB/s", va=anchor, **tilt, **small)
-        axes.text(1.2 * peak / limits["float32"], 1.04 * peak, f"{peak:.0f} GFLOP/s in float32", va="bottom", **small)
+        axes.text(1.2 * peak / limits["float32"], 1.04 * peak, f"{peak:.0f} GFLOP/s", va="bottom", **small)
         for i, step in enumerate(steps):
             lowest = min(step["results"].values(), key=lambda result: result["GFLOP/s"])
             at = lowest["flops_per_byte"], lowest["GFLOP/s"]
@@ -217,7 +217,7 @@ def _label_ends(axes: Axes, ends: list[End], gap: float) -> None:
             va="center",
             color=[0.7 * part for part in to_rgb(end.look.colour)],  # thin on white, letters have to be darker
             annotation_clip=False,
-            arrowprops=LEADER | {"color": end.look.colour},
+            arrowprops=LEADER | {"color": end.look.colour, "linestyle": end.look.line},
         )
 
 
