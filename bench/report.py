@@ -213,7 +213,7 @@ def over_eager(entry: Entry, columns: dict[str, str], quartiles: bool = False) -
         cells.append("" if result is None else times(result["over_eager"]))
         if result is not None and quartiles:
             low, high = result["quartiles"]
-            cells[-1] += f" ({low:.2f} to {high:.2f})"
+            cells[-1] += f" ({low:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high:.2f})"
     return cells
 
 
@@ -499,9 +499,10 @@ def of_readme(readme: str, found: Found) -> str:
 # The page --------------------------------------------------------------------------------------------------------------
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left; font-variant-numeric: tabular-nums }
+td:last-child { white-space: nowrap }
 img { max-width: 100%; height: auto }
 figure { margin: 1.5rem 0 }
 figcaption { color: #666; font-size: .85rem }

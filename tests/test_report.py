@@ -350,11 +350,11 @@ def test_the_page_stands_alone(written):
     assert sorted(f"docs/benchmarks/{source}" for source in sources) == sorted(pictures_of(written))
     assert all(attributes["alt"] for tag, attributes in page.elements if tag == "img")
     for cell in (
-        "12.51x (11.26 to 13.76)",  # a ratio and its quartiles
+        "12.51x (11.26\xa0to\xa013.76)",  # a ratio and its quartiles, which stay in one line
         "`cpu`, bfloat16 weights".replace("`", ""),
         "MAR-L, 2 rows",
         "84 %",  # of the bandwidth: 0.9 * 0.931
-        "3.50x (3.15 to 3.85)",
+        "3.50x (3.15\xa0to\xa03.85)",
         "backbone: attention",
         "2 threads of an AMD Test (AVX512)",
         "2026-11-24",
