@@ -119,10 +119,10 @@ def parameters_of(net: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
 
 def check_parameters(named: Mapping[str, Tensor], where: str) -> None:
     """ValueError for what is not a dense floating point tensor on the device of the first; `where` is what they came from."""
+    first = next(iter(named.values()), None)
     for name, tensor in named.items():
         if not is_dense(tensor) or tensor.dtype not in FLOATS:
             raise ValueError(f"{where}: {name}: expected a floating point tensor, got {describe(tensor)}")
-        first = next(iter(named.values()))
         if tensor.device != first.device:
             raise ValueError(f"{where}: {name}: expected it on {first.device}, where the others are, got {describe(tensor)}")
 

@@ -73,7 +73,7 @@ def drawn(
     table: StepTable, shape: tuple[int, ...], draw: Draw | None, generator: torch.Generator | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """(noise, step_noise) of all rows that upstream draws for, by `draw` or from `generator`."""
-    draws = draws_of(generator, device) if draw is None else (checked(draw), checked(draw))
+    draws = draws_of(generator, device) if draw is None else (checked(draw),) * 2
     with profiling.range(profiling.NOISE, len(table)):
         noise, step_noise = draw_flow_noise(table, shape, *draws)
         return noise.to(device, STATE), None if step_noise is None else step_noise.to(device, STATE)

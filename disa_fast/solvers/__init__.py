@@ -49,7 +49,7 @@ def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solv
     }
     build = _named(solver, by_name)
     if not is_default(clip):
-        if build not in (ddpm, ddim) or callable(solver):
+        if build not in (ddpm, ddim):
             raise ValueError(f"clip: only 'ddpm' and 'ddim' take one, got clip = {clip!r} with solver {solver!r}")
         build = functools.partial(build, clip=clip)
     return functools.lru_cache(maxsize=256)(build)
