@@ -28,6 +28,18 @@ def is_dense(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
 
 
+def is_plain(value: object) -> bool:
+    """Whether a value is no tensor of a class that computes in a way of its own, as quantised and
+    sharded ones (torchao, DTensor) do."""
+    if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter):
+        return True
+    own_functions = type(value).__torch_function__ not in (
+        Tensor.__torch_function__,
+        torch.nn.Parameter.__torch_function__,
+    )
+    return not own_functions and type(value).__torch_dispatch__ == Tensor.__torch_dispatch__
+
+
 def describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return repr(value)

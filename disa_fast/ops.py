@@ -46,9 +46,9 @@ def mlp_denoise(
 ) -> Tensor:
     """MLPHead.denoise with all noise given. columns: those of a StepTable; cfg, temperature: one element; head: its number."""
     known = _heads[head]
-    if any(p.data_ptr() != q.data_ptr() for p, q in zip(parameters, known._net.parameters(), strict=True)):
-        names = (name for name, _ in known._net.named_parameters())
-        known = type(known).from_state_dict(dict(zip(names, parameters, strict=True)))
+    own = dict(known._net.named_parameters(remove_duplicate=False))
+    if any(p.data_ptr() != q.data_ptr() for p, q in zip(parameters, own.values(), strict=True)):
+        known = type(known).from_state_dict(dict(zip(own, parameters, strict=True)))
     table = _table(tuple(column.numpy().tobytes() for column in columns), step_noise is not None)
     return known.denoise(
         z, table, cfg, temperature, noise, step_noise, backend=backend, dtype=dtype, batch_invariant=batch_invariant
@@ -70,9 +70,9 @@ def draw_noise(noise: Tensor, step_noise: Tensor, cfg: Tensor) -> None:
     """
     if noise.numel():
         start = noise[: len(noise) // 2] if float(cfg) != 1.0 else noise
-        start.copy_(torch.randn(start.shape, dtype=start.dtype))
-    for step in step_noise:
-        step.copy_(torch.randn_like(step))
+        start.copy_(torch.randn(start.shape, dtype=torch.float32))
+    for i, step in enumerate(step_noise):
+        step.copy_(torch.randn_like(step, dtype=torch.float32 if i == 0 else step.dtype))
 
 
 @draw_noise.register_fake

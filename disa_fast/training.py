@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .solvers.ddpm import posterior
-from .solvers.diffusion import cosine_alphas_cumprod, cosine_betas
+from .solvers.diffusion import cosine, cosine_alphas_cumprod, cosine_betas
 
 TRAIN_CLIP = 950
 
@@ -21,7 +21,7 @@ def diffusion_loss(net: nn.Module, target: Tensor, z: Tensor) -> Tensor:
     drawn from 0..950: the head is never asked for a later one (arXiv 2102.09672, section 3.1; diffusion/gaussian_diffusion.py and
     the clip of MAR_DiSA/diffusion/__init__.py in the DiSA repository at 283fa59). Returns a scalar.
     """
-    a, b, l0, l1 = (torch.from_numpy(c).to(target) for c in posterior(cosine_betas()[: TRAIN_CLIP + 1]))
+    a, b, l0, l1 = (torch.from_numpy(c).to(target) for c in posterior(cosine_betas()[: TRAIN_CLIP + 1], cosine()))
     signal = torch.tensor(cosine_alphas_cumprod()[: TRAIN_CLIP + 1]).to(target)
     t = torch.randint(0, TRAIN_CLIP + 1, (len(target),), device=target.device)
     noise = torch.randn_like(target)

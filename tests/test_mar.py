@@ -11,7 +11,7 @@ from upstream_like import PlainDiffusion, small_mar
 import disa_fast
 from disa_fast import Linear, models, solvers
 from disa_fast.models.mar import SIZES
-from disa_fast.solvers.diffusion import respace, respaced_betas
+from disa_fast.solvers.diffusion import cosine, respace
 from disa_fast.training import diffusion_loss
 
 # The recorded cases ---------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ def float32_coefficients(steps: int) -> solvers.StepTable:
         return values.astype(np.float32).astype(np.float64)[::-1]
 
     table = solvers.ddpm(steps)
-    betas = respaced_betas(respace(steps, 950))
+    betas = cosine().betas(respace(steps, 950))
     ab = np.cumprod(1 - betas)
     before = np.append(1.0, ab[:-1])
     from_x0, from_x = rounded(betas * np.sqrt(before) / (1 - ab)), rounded((1 - before) * np.sqrt(1 - betas) / (1 - ab))

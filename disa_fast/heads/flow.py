@@ -114,8 +114,11 @@ def check_table(table: StepTable) -> None:
     """ValueError for what is not a table for networks without variance channels."""
     if not isinstance(table, StepTable):
         raise ValueError(f"table: expected a StepTable such as disa_fast.solvers.flow_euler(25), got {table!r}")
-    if table.l1.any():
-        raise ValueError(f"table: expected one of a flow solver, whose network predicts no variance, got {table!r}")
+    if table.l1.any() or table.output == "noise":
+        raise ValueError(
+            "table: expected one of a flow solver, whose network predicts a velocity and no variance, such as "
+            f"disa_fast.solvers.flow_euler(25), got {table!r}"
+        )
 
 
 def check_guidance(guidance: tuple[float, float]) -> tuple[float, float]:

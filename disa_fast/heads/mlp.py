@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import backends, graphs, ops, profiling
 from ..checks import MOST, check_dtype, check_flag, check_generator, check_shapes, describe, is_dense, is_whole, scalar, whole
+from ..errors import UnsupportedError
 from ..onednn import packed_linear
 from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
@@ -276,6 +277,17 @@ class MLPHead(Packing):
         super()._reset()
         self._number = ops.register(self)
 
+    def check_structure(self) -> None:
+        """Raise UnsupportedError if the module is not of this head's sizes any more."""
+        where = f"net ({type(self._net).__name__})"
+        try:
+            shapes = {name: tuple(p.shape) for name, p in parameters_of(self._net).items()}
+            spec = MLPSpec.of(shapes, where)
+        except ValueError as error:
+            raise UnsupportedError(f"{error}; it was {self.spec} when the head was made of it") from error
+        if spec != self.spec:
+            raise UnsupportedError(f"{where}: expected {self.spec}, as when the head was made of it, got {spec}")
+
     def network(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The reference forward (x, t, z) -> [rows, 2 * in_channels] over the parameters in `dtype`."""
         return self.packed("network", dtype, lambda parameters, spec: functools.partial(forward_ref, parameters))
@@ -428,7 +440,7 @@ class MLPHead(Packing):
         batch_invariant: bool,
     ) -> Tensor:
         """What torch.compile traces: the operators of ops.py. Arguments are checked when they run."""
-        parameters = list(self._net.parameters())
+        parameters = list(parameters_of(self._net).values())
         columns = [torch.from_numpy(c) for c in (table.t, table.a, table.b, table.c, table.l0, table.l1, table.noisy)]
         cfg, temperature = (
             value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64) for value in (cfg, temperature)
@@ -454,6 +466,11 @@ class MLPHead(Packing):
             raise ValueError(f"z: expected it on {self.device}, where the head's parameters are, got {describe(z)}")
         if not isinstance(table, StepTable):
             raise ValueError(f"table: expected a StepTable such as disa_fast.solvers.ddpm(50), got {table!r}")
+        if table.output == "velocity":
+            raise ValueError(
+                "table: expected one of a diffusion solver (solvers.ddpm, ddim, dpm_solver), whose network predicts noise, "
+                f"got {table!r}"
+            )
         check_dtype(dtype)
         if cfg != 1.0 and len(z) % 2:
             raise ValueError(f"z: guidance (cfg = {cfg:g}) expects an even number of rows, conditional half first, got {len(z)}")
@@ -502,12 +519,14 @@ def draw_noise(
     """(noise, step_noise) for `MLPHead.denoise`, what is None drawn as the published samplers draw it.
 
     First the start, [rows, channels], or [rows/2, channels] under guidance; then [rows, channels] at every step, under guidance
-    too, and at steps that add none of it. step_noise stays None for a table that does not draw.
+    too, and at steps that add none of it. step_noise stays None for a table that does not draw. dtype is that of the state, which
+    is the network's only from its first output on: start and first step are drawn in float32 in any case.
     """
     if noise is None:
-        noise = draw_start((rows // 2 if guided else rows, channels), dtype)
+        noise = draw_start((rows // 2 if guided else rows, channels), torch.float32)
     if step_noise is None and table.draws:
-        step_noise = torch.stack([draw_step((rows, channels), dtype) for _ in range(len(table))])
+        dtypes = [torch.float32] + [dtype] * (len(table) - 1)
+        step_noise = torch.stack([draw_step((rows, channels), each).to(dtype) for each in dtypes])
     return noise, step_noise
 
 

@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable
 
 from ..checks import check_choice
+from ..errors import UnsupportedError
 from .ddim import ddim
 from .ddpm import ddpm
+from .diffusion import BASE_STEPS, Diffusion, checked_clip
 from .dpm_solver import dpm_solver
 from .flow_euler import GRIDS, flow_euler
 from .flow_euler_maruyama import flow_euler_maruyama
@@ -35,11 +37,13 @@ DEFAULT_CLIP = "default"
 DEFAULT_CLIPS = {"ddpm": 950, "ddim": 980}
 
 
-def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solver:
+def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP, diffusion: Diffusion | None = None) -> Solver:
     """steps -> StepTable, cached by step count, for a name of `NAMES` or for any callable of the same kind.
 
-    clip: highest timestep for "ddpm" and "ddim" (None: unclipped; default: the solver's own, 950 and 980). DPM-Solver's grid
-    is fixed, and a callable has settled the matter itself, so a clip with either is a ValueError.
+    clip: highest timestep for "ddpm" and "ddim" (None: unclipped; default: the solver's own, 950 and 980 of 1000). DPM-Solver's
+    grid is fixed, and a callable has settled the matter itself, so a clip with either is a ValueError.
+    diffusion: the process that the network was trained with, if not MAR's and Harmon's. DPM-Solver
+    serves these alone, so another process with it is an UnsupportedError.
     """
     by_name: dict[str, Callable[..., StepTable]] = {
         "ddpm": ddpm,
@@ -48,11 +52,25 @@ def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solv
         "dpm_solver++": functools.partial(dpm_solver, plus_plus=True),
     }
     build = _named(solver, by_name)
-    if not is_default(clip):
-        if build not in (ddpm, ddim):
-            raise ValueError(f"clip: only 'ddpm' and 'ddim' take one, got clip = {clip!r} with solver {solver!r}")
-        build = functools.partial(build, clip=clip)
+    base = BASE_STEPS if diffusion is None else diffusion.base_steps
+    if build in (ddpm, ddim):
+        if is_default(clip):
+            clip = default_clip(solver, base)
+        build = functools.partial(build, clip=checked_clip(clip, base), diffusion=diffusion)
+    elif not is_default(clip):
+        raise ValueError(f"clip: only 'ddpm' and 'ddim' take one, got clip = {clip!r} with solver {solver!r}")
+    elif diffusion is not None and isinstance(solver, str):
+        raise UnsupportedError(
+            f"solver: {solver!r} serves the cosine schedule of {BASE_STEPS} steps and noise prediction alone; "
+            "the model was trained with another diffusion, which 'ddpm' and 'ddim' serve"
+        )
     return functools.lru_cache(maxsize=256)(build)
+
+
+def default_clip(solver: str, base: int = BASE_STEPS) -> int:
+    """The highest timestep of "ddpm" and "ddim" unless another is asked for: DiSA's, as a share of
+    the base steps."""
+    return DEFAULT_CLIPS[solver] * base // BASE_STEPS
 
 
 def is_default(clip: object) -> bool:

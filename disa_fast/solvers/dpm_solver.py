@@ -41,7 +41,8 @@ def dpm_solver(steps: int, plus_plus: bool = False) -> StepTable:
     zero, silent = np.zeros(steps), np.full(steps, -np.inf)
     name = "dpm_solver++" if plus_plus else "dpm_solver"
     t_network = t[:-1] * BASE_STEPS
-    return StepTable(name, t=t_network, a=a, b=b, c=zero, l0=silent, l1=zero, noisy=np.zeros(steps, bool), draws=False)
+    still = {"noisy": np.zeros(steps, bool), "draws": False, "output": "noise"}
+    return StepTable(name, t=t_network, a=a, b=b, c=zero, l0=silent, l1=zero, **still)
 
 
 def _half_log_snr(log_alpha: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ def flow_euler(steps: int, grid: str = "flowar") -> StepTable:
         times = np.append(linspace(1, 0.3, steps // 2), linspace(0.25, 0, steps // 2 + 1))
     t, dt = times[:-1], np.diff(times)
     zero, silent = np.zeros_like(t), np.full_like(t, -np.inf)
-    silence = {"l0": silent, "l1": zero, "noisy": np.zeros(len(t), bool), "draws": False}
+    silence = {"l0": silent, "l1": zero, "noisy": np.zeros(len(t), bool), "draws": False, "output": "velocity"}
     return StepTable("flow_euler", t=t, a=np.ones_like(t), b=dt, c=zero, **silence)
 
 

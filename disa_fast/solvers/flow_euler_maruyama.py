@@ -34,4 +34,5 @@ def flow_euler_maruyama(steps: int) -> StepTable:
         l1=np.zeros(steps),
         noisy=noisy,
         draws=bool(noisy.any()),
+        output="velocity",
     )

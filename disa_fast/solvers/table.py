@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import check_flag
+from ..checks import check_choice, check_flag
+
+OUTPUTS = ("noise", "velocity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,9 @@ class StepTable:
     noisy: [T] bool.
     draws: whether the published sampler draws noise, used or not. A caller that wants its random stream draws as often: on a
         diffusion head at every step (DDIM multiplies it by zero; DPM-Solver draws nothing), on a flow head at noisy steps.
+    output: what the network must predict, "noise" with times 0..999 (or what stands for noise in a
+        diffusion, as the clean token), or "velocity" with times 0..1. A head of the other kind
+        refuses the table. None: not said, taken by both.
     """
 
     solver: str
@@ -34,11 +39,14 @@ class StepTable:
     l1: np.ndarray
     noisy: np.ndarray
     draws: bool
+    output: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, str):
             raise ValueError(f"solver: expected a name, got {self.solver!r}")
         check_flag("draws", self.draws)
+        if self.output is not None:
+            check_choice("output", self.output, OUTPUTS)
         steps = self.t.shape if isinstance(self.t, np.ndarray) and self.t.ndim == 1 else ("T",)
         for name in ("t", "a", "b", "c", "l0", "l1", "noisy"):
             value, expected = getattr(self, name), np.bool_ if name == "noisy" else np.float64
