@@ -5,10 +5,11 @@ Works by structure, not by class name; disa_fast/adapters has a file for each st
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .adapters import adapter_of
-from .adapters.accelerated import HANDLE, Accelerated
+from .adapters.accelerated import HANDLE, Accelerated, forget_copied_shadows
 from .schedule import Schedule
 from .solvers import DEFAULT_CLIP, Solver
 
@@ -21,6 +22,8 @@ def accelerate(
     solver: str | Solver | None = None,
     clip: int | str | None = DEFAULT_CLIP,
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    check: bool = True,
 ) -> Accelerated:
     """Make `model` draw its tokens with disa_fast, `schedule` deciding the denoising steps of each autoregressive step.
 
@@ -30,15 +33,30 @@ def accelerate(
         call, otherwise "linear:50-5", for FlowAR "linear:25-15" and for xAR "linear:50-15". "constant:25" with clip=None is
         what a MAR or Harmon that was built for 25 unannealed steps does by itself.
     solver: None: the object's own; see disa_fast.solvers.resolve, for FlowAR and xAR disa_fast.solvers.resolve_flow.
-    clip: of MAR's and Harmon's solvers, see disa_fast.solvers.resolve; otherwise 950.
+    clip: of MAR's and Harmon's solvers, see disa_fast.solvers.resolve; otherwise 950 of 1000.
     backend: see MLPHead.denoise and FlowTransformerHead.denoise.
+    dtype: of the network's matrix products. None: that of torch.autocast around the call, where that is on, else the
+        parameters' own. The state, and where there is one the residual stream, are float32 or wider.
+    check: compare the object's own code with ours before it is replaced: its network and two tokens, guided and not, or, of a
+        FlowAR or xAR, an image in few steps. Takes less than one of its autoregressive steps, leaves random states, training
+        modes and attributes as they were, and is not repeated for an object that has not changed. The relative errors are in
+        the handle's report()["check"].
 
-    With step counts and solver unchanged, one seed gives the same tokens before and after, up to rounding (upstream's
-    DPM-Solver ignores guidance; this one does not). Returns a handle, also a context manager that restores on exit. A second
-    call changes the settings. Raises UnsupportedError for a structure that is not recognised, ValueError for bad settings.
+    The diffusion of a MAR or Harmon is read off its diffloss.gen_diffusion: other betas, numbers of
+    base steps and timesteps than MAR's, and networks that predict the clean token or a velocity, are
+    served with tables of their own.
+
+    With step counts and solver unchanged, and clip=None where the object has none, one seed gives the
+    same tokens before and after, up to rounding. (The published DPM-Solver ignores guidance. As the
+    object's own solver it still does; asked for by solver= it does not.) Returns a handle, also a
+    context manager: leaving the block undoes this call. A second call changes the settings. Raises
+    UnsupportedError for an object that is not recognised, or whose own code computes something else,
+    ValueError for bad settings.
     """
-    handle = handle_of(model) or adapter_of(model)(model)
-    handle.configure(schedule, solver, clip, backend)
+    handle = handle_of(model)
+    if handle is None:
+        handle = adapter_of(model)(model)
+    handle.configure(schedule, solver, clip, backend, dtype, check)
     handle.install()
     return handle
 
@@ -48,8 +66,11 @@ def restore(model: nn.Module) -> None:
     handle = handle_of(model)
     if handle is not None:
         handle.restore()
+    elif isinstance(model, nn.Module):
+        forget_copied_shadows(model)
 
 
 def handle_of(model: object) -> Accelerated | None:
     """The handle of a model that is accelerated now, else None."""
-    return getattr(model, "__dict__", {}).get(HANDLE)
+    handle = getattr(model, "__dict__", {}).get(HANDLE)
+    return handle if handle is not None and handle.is_of(model) else None

@@ -74,6 +74,7 @@ def test_same_seed_same_tokens_with_its_own_settings(cfg, cfg_schedule, backend,
     model, options = annealed(), {"cfg": cfg, "cfg_schedule": cfg_schedule, "temperature": 0.9}
     before = draw(model, **options)
     with accelerate(model, backend=backend) as handle:
+        steps_run.clear()  # those of the check
         assert_same(draw(model, **options), before)
         assert steps_run == [(backend, n) for n in (12, 9, 7, 5, 3)]
         report = handle.report()
@@ -208,7 +209,7 @@ def test_every_thread_counts_its_own_loop():
 def test_twice_is_once(make):
     model = make()
     first = accelerate(model, schedule="linear:9-3")
-    assert accelerate(model, schedule="constant:4") is first
+    assert accelerate(model, schedule="constant:4", clip=None) is first
     draw(model, num_iter=3)
     assert first.report()["calls_by_evaluations"] == {4: 3}
     restore(model)
@@ -316,7 +317,7 @@ def test_unreadable_annealing_is_refused_not_guessed():
     model.mar.diffloss.gen_diffusion = [object()]
     with pytest.raises(UnsupportedError, match=r"its step counts cannot be read from diffloss\.gen_diffusion; pass schedule="):
         accelerate(model)
-    assert accelerate(model, schedule="linear:9-3").report()["schedule"] == Linear(9, 3)
+    assert accelerate(model, schedule="linear:9-3", check=False).report()["schedule"] == Linear(9, 3)
 
 
 def test_our_own_model_needs_none():

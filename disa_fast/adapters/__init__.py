@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UnsupportedError
 from ..heads.packing import Packing
@@ -24,8 +25,14 @@ def adapter_of(model: nn.Module) -> type[Accelerated]:
         raise UnsupportedError(
             f"model: {type(model).__name__} is disa_fast's own, already fast: pass schedule= to its sample_tokens"
         )
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
+        raise UnsupportedError(f"model: {type(model).__name__} wraps the model; pass model.module, which each process has")
+    if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+        raise UnsupportedError(
+            "model: it is compiled; pass model._orig_mod, and compile it afterwards, or call its sample_tokens compiled"
+        )
     for attribute, adapter in ADAPTERS.items():
-        if hasattr(model, attribute):
+        if isinstance(model, nn.Module) and hasattr(model, attribute):
             return adapter
     raise UnsupportedError(
         "model: expected a MAR-shaped object, with diffloss.net and diffloss.sample, a Harmon-shaped one, with these in its mar, a "

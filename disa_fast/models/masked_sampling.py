@@ -15,6 +15,7 @@ from ..heads.mlp import Draw, MLPHead, checked, draw_noise
 from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import Solver, resolve
+from ..watch import TokenWatch, warn_of_temperature
 
 
 def still_masked_after(k: int, num_iter: int, tokens: int, masked: int) -> int:
@@ -91,7 +92,9 @@ def sample_masked(
     if philox is not None:
         streams = philox.streams_of(batch, device)[:, None] * tokens + torch.arange(tokens, device=device)
 
-    guided = cfg != 1.0
+    warn_of_temperature(table_for(steps_at(schedule, 0, num_iter)), temperature)
+    head.follow()
+    watch, guided = TokenWatch(), cfg != 1.0
     known = torch.zeros(batch, tokens, channels, dtype=dtype, device=device)
     masked, count = masked_by(orders, tokens), tokens
     doubled = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
@@ -113,6 +116,8 @@ def sample_masked(
                 noise, step_noise = (None if tensor is None else tensor.to(device) for tensor in drawn)
             source = {"generator": generator} if philox is None else {"rng": Philox(philox.seed, streams[chosen])}
             x = head.denoise(z, table, scale, temperature, noise=noise, step_noise=step_noise, backend=backend, **source)
+            watch.add(k, num_iter, x)
             known[chosen] = (x.chunk(2)[0] if guided else x).to(dtype)
             masked, count = still_masked, left
+    watch.warn()
     return known
