@@ -208,14 +208,15 @@ class FlowTransformerWeights:
         self.of_condition = [layer(prefix + ("ada_lin_mlp" if spec.cross else "ada_lin")) for prefix in prefixes]
         self.of_condition.append(layer("final_layer.adaLN_modulation.1"))
         self.modulation_width = sum(len(bias) for _, bias in self.of_condition)
-        self.freqs = p["res_blocks.0.attn.rope.freqs"]
-        self.rotation = functools.cache(self._rotation)
+        self.rotation = functools.cache(functools.partial(kept_rotation, p["res_blocks.0.attn.rope.freqs"]))
         self.time_table = TimeTables(lambda t: embed_time(p, time_index(t)), self.cond[0].device)
 
-    def _rotation(self, side: int) -> Rotation:
-        rotation = grid_rotation(self.freqs, side)
-        settle(self.freqs.device)
-        return rotation
+
+def kept_rotation(freqs: Tensor, side: int) -> Rotation:
+    """grid_rotation, ready for every stream."""
+    rotation = grid_rotation(freqs, side)
+    settle(freqs.device)
+    return rotation
 
 
 class FlowTransformerHead(FlowHead):
