@@ -44,6 +44,8 @@ def survey(spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batc
     names = list(BACKENDS)
     if device.type == "cpu":
         names = [*names[2:], "triton", "cuda"]  # interpreted there, if at all
+        if rows > cpu.fastest_up_to(spec.width, dtype):
+            names[:2] = ["hoisted", "cpu"]
     elif rows > cuda.fastest_up_to(spec.width, device):
         names[:2] = ["triton", "cuda"]
     return {name: _refuses(name, spec, dtype, device, rows, batch_invariant) for name in names}
