@@ -185,6 +185,16 @@ class XARSetting(FlowARSetting):
         return [upstream.seq_len // upstream.clusters] * upstream.clusters
 
 
+def reduced(setting: Setting, model: dict[str, Any], **sampling: Any) -> Setting:
+    """`setting` with other arguments of the two models, and of their sampling."""
+    return dataclasses.replace(
+        setting,
+        upstream=functools.partial(setting.upstream, **model),
+        native=functools.partial(setting.native, **model),
+        sampling=dataclasses.replace(setting.sampling, **sampling),
+    )
+
+
 def some_labels(batch: int, classes: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device) * 97 % classes
 
@@ -239,10 +249,11 @@ class Run:
 
 
 class Images:
-    """The two models of one published size over the same random weights, and what draws `batch` images with them."""
+    """The two models of one published size over the same random weights, and what draws `batch` images with them. setting: another
+    than that of the name."""
 
-    def __init__(self, name: str, device: torch.device, batch: int) -> None:
-        self.setting, self.device, self.batch = SETTINGS[name], device, batch
+    def __init__(self, name: str, device: torch.device, batch: int, setting: Setting | None = None) -> None:
+        self.setting, self.device, self.batch = setting or SETTINGS[name], device, batch
         torch.manual_seed(0)
         with device:
             self.upstream = self.setting.build().eval().requires_grad_(False)

@@ -97,6 +97,20 @@ def initialize_linears(module: nn.Module) -> None:
 # A block's parameters, by role -----------------------------------------------------------------------------------------
 
 
+def in_dtype(p: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameters and buffers for products in `dtype`, without a copy of what is in it already.
+
+    Weights [out, in] and biases are cast. Norms, positions and rotary tables are elementwise factors and terms: as under
+    torch.autocast they keep their own dtype, unless `dtype` is wider.
+    """
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        multiplied = name.endswith(".bias") or (name.endswith(".weight") and tensor.ndim == 2)
+        return tensor.to(dtype if multiplied else torch.promote_types(tensor.dtype, dtype))
+
+    return {name: cast(name, tensor) for name, tensor in p.items()}
+
+
 @dataclass(frozen=True)
 class CrossWeights:
     q: Layer
@@ -195,17 +209,22 @@ class Cache:
 
 
 class Plain:
-    """A block's parts in plain PyTorch, as the formulas read; differentiable. `dropout`: of attention weights, of projections."""
+    """A block's parts in plain PyTorch, as the formulas read; differentiable.
 
-    def __init__(self, dropout: tuple[float, float] = (0.0, 0.0)) -> None:
+    dropout: of attention weights, of projections. dtype: of products whose weights were cast to it, see `in_dtype`; the residual
+    stream is then float32 or wider. None: everything is in the dtype of what it is given.
+    """
+
+    def __init__(self, dropout: tuple[float, float] = (0.0, 0.0), dtype: torch.dtype | None = None) -> None:
         self.attention_dropout, self.dropout = dropout
+        self.dtype = dtype
 
     def linear(self, x: Tensor, layer: Layer) -> Tensor:
-        return F.linear(x, *layer)
+        return F.linear(x if self.dtype is None else x.to(self.dtype), *layer)
 
     def residual(self, x: Tensor) -> Tensor:
         """x in the dtype of the residual stream, which may be x itself."""
-        return x
+        return x if self.dtype is None else x.to(torch.promote_types(self.dtype, torch.float32))
 
     def norm_modulate(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return rms_norm(h) * (1 + scale) + shift
@@ -237,6 +256,11 @@ class Plain:
 
 
 PLAIN = Plain()
+
+
+def plain(dtype: torch.dtype, own: torch.dtype) -> Plain:
+    """Plain parts with products in `dtype`, for parameters of which `own` is the dtype."""
+    return PLAIN if dtype == own else Plain(dtype=dtype)
 
 
 def cross_keys_values(ops: Plain, w: BlockWeights, condition: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -323,7 +347,8 @@ class BackboneWeights:
         """One for each block, for all positions."""
         length = self.encoder_position.shape[1]
         shapes = [(rows, self.dim // w.head_dim, length, w.head_dim) for w in self.blocks]
-        return [Cache(self.encoder_norm.new_zeros(shape), self.encoder_norm.new_zeros(shape)) for shape in shapes]
+        weight, _ = self.input
+        return [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for shape in shapes]
 
 
 def modulations(ops: Plain, w: BackboneWeights, condition: Tensor) -> list[Modulation]:

@@ -14,7 +14,7 @@ from random_parameters import random_parameters
 from recorded import golden
 
 import disa_fast
-from disa_fast import MLPHead, UnsupportedError, solvers
+from disa_fast import MLPHead, UnsupportedError, backends, solvers
 from disa_fast.backends import cpu
 from disa_fast.heads.mlp import MLPSpec
 
@@ -321,6 +321,48 @@ def test_auto_takes_it_on_a_cpu(capsys):
     assert facts["backend"] == "cpu"
     assert facts["why"]["cpu"].startswith(f"C++ kernels for {cpu.instruction_set()}, ")
     assert "weights stored in torch.float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own_bfloat16", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("width", "few"), [(64, 512), (255, 512), (256, 38), (511, 38), (512, 10), (768, 7), (1024, 4), (1280, 4), (1536, 4)]
+)
+def test_auto_leaves_many_rows_of_bfloat16_to_a_processor_that_multiplies_it(monkeypatch, own_bfloat16, dtype, width, few):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: own_bfloat16)
+    monkeypatch.setattr(cpu, "is_built", lambda: True)
+    spec = MLPSpec(16, width, 3, 64)
+
+    def chosen(rows, **how):
+        return backends.choose("auto", spec, dtype, torch.device("cpu"), rows, **how)
+
+    many = "hoisted" if own_bfloat16 and dtype == torch.bfloat16 and width >= 256 else "cpu"
+    assert [chosen(rows) for rows in (0, 1, few, few + 1, 512)] == ["cpu", "cpu", "cpu", many, many]
+    assert list(backends.survey(spec, dtype, torch.device("cpu"), 512)) == [
+        *(("hoisted", "cpu") if many == "hoisted" else ("cpu", "hoisted")), "reference", "triton", "cuda",
+    ]  # fmt: skip
+    assert chosen(512, batch_invariant=True) == "cpu"
+    monkeypatch.setattr(cpu, "is_built", lambda: False)
+    monkeypatch.setattr(cpu, "_why_not_built", lambda: "no compiler")
+    assert [chosen(rows) for rows in (1, 512)] == ["hoisted", "hoisted"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": False}, True),
+        ({"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": True}, True),
+        ({"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": False}, False),
+        ({"_is_amx_tile_supported": True}, True),
+        ({}, False),
+    ],
+)
+def test_what_the_processor_multiplies_is_asked_of_pytorch(monkeypatch, answers, expected):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
+    assert cpu.multiplies_bfloat16() == (expected and torch.backends.mkldnn.is_available())
 
 
 @native

@@ -11,7 +11,8 @@ A backend is one module with
 and where it serves the transformers of FlowAR and xAR too
 
     integrate(head, call) -> Tensor                                        the loop along their flow; see heads/flow.py
-    transformer_ops(dtype) -> Plain                                        how it computes a block's parts (transformer.py)
+    transformer_ops(dtype, own) -> Plain                                   how it computes a block's parts (transformer.py), with
+                                                                           products in dtype; own: the parameters' dtype
 
 In `denoise`, noise is [n, channels] and step_noise [T, n, channels] or None, n trajectories, in the state's dtype; z is
 [n, z_channels], or [2n, z_channels] under guidance (cfg != 1). The result is [n, channels]. A backend runs rows of the table as
@@ -43,6 +44,8 @@ def survey(spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batc
     names = list(BACKENDS)
     if device.type == "cpu":
         names = [*names[2:], "triton", "cuda"]  # interpreted there, if at all
+        if rows > cpu.fastest_up_to(spec.width, dtype):
+            names[:2] = ["hoisted", "cpu"]
     elif rows > cuda.fastest_up_to(spec.width, device):
         names[:2] = ["triton", "cuda"]
     return {name: _refuses(name, spec, dtype, device, rows, batch_invariant) for name in names}

@@ -8,6 +8,7 @@ where that is the dtype asked for. A row's bits depend neither on the rows besid
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ except ImportError as error:
 if TYPE_CHECKING:
     from ..heads.mlp import MLPHead, MLPSpec
 
+# Rows up to which these kernels, which widen bfloat16 and multiply in float32, beat `hoisted` on a processor with products of
+# bfloat16, for heads of these widths and wider. Measured, see bench/NOTES.md.
+FASTEST_UP_TO = {1024: 4, 768: 7, 512: 10, 256: 38}
+
 STORAGE = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}  # by the call's dtype
 
 
@@ -49,6 +54,19 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, 
     if dtype not in STORAGE:
         return f"computes in float32, not in {dtype}"
     return None
+
+
+def fastest_up_to(width: int, dtype: torch.dtype) -> float:
+    """The number of rows up to which "auto" prefers this backend."""
+    if dtype != torch.bfloat16 or not multiplies_bfloat16():
+        return math.inf
+    return next((rows for least, rows in FASTEST_UP_TO.items() if width >= least), math.inf)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it (AVX512-BF16 or AMX), and PyTorch products that use them."""
+    asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return torch.backends.mkldnn.is_available() and any(supported is not None and supported() for supported in asked)
 
 
 def draws() -> bool:

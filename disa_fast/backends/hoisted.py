@@ -100,8 +100,8 @@ class HoistedOps(Plain):
     float32, or float64, and is overwritten."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.state = dtype, torch.promote_types(dtype, torch.float32)
+        super().__init__(dtype=dtype)
+        self.state = torch.promote_types(dtype, torch.float32)
 
     def linear(self, x: Tensor, layer: Layer) -> Tensor:
         return onednn.linear(x.to(self.dtype), *layer)
@@ -139,12 +139,12 @@ class HoistedOps(Plain):
         return h.add_(x) if gate is None else h.addcmul_(gate, x)
 
 
-def transformer_ops(dtype: torch.dtype) -> Plain:
+def transformer_ops(dtype: torch.dtype, own: torch.dtype) -> Plain:
     return HoistedOps(dtype)
 
 
 def integrate(head: FlowHead, call: FlowCall) -> Tensor:
-    return integrate_by(transformer_ops(call.dtype), MODULATION_BYTES, head, call)
+    return integrate_by(HoistedOps(call.dtype), MODULATION_BYTES, head, call)
 
 
 def integrate_by(ops: Plain, budget: int, head: FlowHead, call: FlowCall) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..heads import flow
 from ..solvers import StepTable
-from ..transformer import PLAIN, Plain
+from ..transformer import Plain, plain
 
 if TYPE_CHECKING:
     from ..heads.flow import FlowCall, FlowHead
@@ -71,8 +71,8 @@ def update(
     return x
 
 
-def transformer_ops(dtype: torch.dtype) -> Plain:
-    return PLAIN
+def transformer_ops(dtype: torch.dtype, own: torch.dtype) -> Plain:
+    return plain(dtype, own)
 
 
 def integrate(head: FlowHead, call: FlowCall) -> Tensor:

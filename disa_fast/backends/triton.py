@@ -363,7 +363,7 @@ class FlowGraphs:
         self.graphs = graphs.Graphs(next(iter(p.values())).device)
 
 
-def transformer_ops(dtype: torch.dtype) -> TritonOps:
+def transformer_ops(dtype: torch.dtype, own: torch.dtype) -> TritonOps:
     return TritonOps(dtype)
 
 

@@ -34,8 +34,7 @@ class TritonOps(Plain):
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
+        super().__init__(dtype=dtype)
 
     def residual(self, x: Tensor) -> Tensor:
         return x.float()

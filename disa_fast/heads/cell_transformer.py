@@ -23,12 +23,24 @@ from torch import Tensor, nn
 
 from .. import backends, graphs
 from ..solvers import StepTable
-from ..transformer import PLAIN, BackboneWeights, Cache, Layer, Modulation, Plain, Rotation, modulations, transform
+from ..transformer import (
+    BackboneWeights,
+    Cache,
+    Layer,
+    Modulation,
+    Plain,
+    Rotation,
+    in_dtype,
+    modulations,
+    plain,
+    transform,
+)
 from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
 from .flow_transformer import time_index
 from .mlp import TimeTables, draws_of, embed_time
 
 KEYS, VALUES = "keys.{}", "values.{}"  # of a block, in the context
+CLASSES = "class_emb.weight"  # looked up, not multiplied
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,10 @@ class CellTransformerSpec:
 
 
 class CellTransformerWeights:
-    """The parameters in one dtype, by role; nothing is copied but a cast."""
+    """The parameters by role, for products in `dtype`; nothing is copied but a cast."""
 
-    def __init__(self, p: Mapping[str, Tensor], spec: CellTransformerSpec) -> None:
+    def __init__(self, p: Mapping[str, Tensor], spec: CellTransformerSpec, dtype: torch.dtype) -> None:
+        p = in_dtype({name: tensor for name, tensor in p.items() if name != CLASSES}, dtype)
         self.backbone = BackboneWeights.of(p)
         self.output: Layer = p["pred.weight"], p["pred.bias"]
         rope = "encoder_blocks.0.attn.rope.freqs_"
@@ -64,13 +77,20 @@ class CellTransformerWeights:
         return tuple(table[at : at + tokens] for table in self.rotations)
 
 
-def forward_ref(w: CellTransformerWeights, x: Tensor, t: Tensor, at: int, condition: Tensor, **keys_values: Tensor) -> Tensor:
+def forward_ref(
+    w: CellTransformerWeights, ops: Plain, x: Tensor, t: Tensor, at: int, condition: Tensor, **keys_values: Tensor
+) -> Tensor:
     """The network, as the formula above reads. x: [rows, tokens, in_channels] of the cell at position `at`, t: [rows], condition:
     [rows, width], keys and values: see CellTransformerHead.begin. Returns the velocity, [rows, tokens, in_channels]."""
     y = (condition + w.embed_time(t))[:, None]
-    h = PLAIN.linear(x, w.backbone.input)
+    h = ops.linear(x, w.backbone.input)
     rotation, caches = w.rotation(at, x.shape[1]), caches_of(keys_values)
-    return PLAIN.linear(transform(PLAIN, w.backbone, h, modulations(PLAIN, w.backbone, y), rotation, caches, at), w.output)
+    return ops.linear(transform(ops, w.backbone, h, modulations(ops, w.backbone, y), rotation, caches, at), w.output)
+
+
+def dtype_of(context: Context) -> torch.dtype:
+    """Of the network's products, in which its keys and values are kept."""
+    return context[KEYS.format(0)].dtype
 
 
 def caches_of(context: Context) -> list[Cache]:
@@ -97,11 +117,15 @@ class CellTransformerHead(FlowHead):
     def tokens_of_a_cell(self) -> int:
         return self.spec.tokens // self.spec.cells
 
-    def begin(self, labels: Tensor) -> dict[str, Tensor]:
+    def begin(self, labels: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The context of an image without a cell: `condition`, the embeddings of labels [rows], and room for the keys and values of
-        all its tokens, `keys.0`, `values.0`, `keys.1`, ..., [rows, heads, tokens, head_dim] each, one of both for each block."""
-        caches = self.weights(self.dtype).backbone.caches(len(labels))
-        context = {"condition": F.embedding(labels, self._net.get_parameter("class_emb.weight").detach())}
+        all its tokens, `keys.0`, `values.0`, `keys.1`, ..., [rows, heads, tokens, head_dim] each, one of both for each block.
+
+        dtype: of the products of `finish` and `denoise` with this context, and of its keys and values; the parameters' own if
+        None. The condition is in the parameters' dtype.
+        """
+        caches = self.weights(self.dtype if dtype is None else dtype).backbone.caches(len(labels))
+        context = {"condition": F.embedding(labels, self._net.get_parameter(CLASSES).detach())}
         for i, cache in enumerate(caches):
             context |= {KEYS.format(i): cache.k, VALUES.format(i): cache.v}
         return context
@@ -109,11 +133,12 @@ class CellTransformerHead(FlowHead):
     @torch.no_grad()
     def finish(self, context: Context, at: int, tokens: Tensor, backend: str = "auto") -> None:
         """Put the keys and values of a finished cell's tokens, [rows, tokens, in_channels], at position `at` into the context."""
-        rows = tokens.shape[0] * tokens.shape[1]
-        ops = backends.BACKENDS[backends.choose(backend, self.spec, self.dtype, self.device, rows)].transformer_ops(self.dtype)
-        w = self.weights(self.dtype)
+        rows, dtype = tokens.shape[0] * tokens.shape[1], dtype_of(context)
+        chosen = backends.choose(backend, self.spec, dtype, self.device, rows)
+        ops = backends.BACKENDS[chosen].transformer_ops(dtype, self.dtype)
+        w = self.weights(dtype)
         y = (context["condition"] + w.embed_time(torch.zeros(1, device=tokens.device)))[:, None]
-        x = ops.linear(tokens.to(self.dtype), w.backbone.input)
+        x = ops.linear(tokens.to(dtype), w.backbone.input)
         rotation = w.rotation(at, tokens.shape[1])
         with graphs.on_device(self.device):
             transform(ops, w.backbone, x, modulations(ops, w.backbone, y), rotation, caches_of(context), at)
@@ -139,23 +164,24 @@ class CellTransformerHead(FlowHead):
         condition, halves, size = context["condition"], 1 + guided_rows, (self.tokens_of_a_cell, self.spec.in_channels)
         shape = (len(condition) // halves, *size)
         noise, step_noise = draw_flow_noise(table, shape, *draws_of(generator, condition.device), noise, step_noise)
-        return self._denoise(context, at, size, table, cfg, guidance, temperature, noise, step_noise, backend, self.dtype, halves)
+        dtype = dtype_of(context)
+        return self._denoise(context, at, size, table, cfg, guidance, temperature, noise, step_noise, backend, dtype, halves)
 
     # What backends build on --------------------------------------------------------------------------------------------
 
     def network(self, dtype: torch.dtype) -> Callable[..., Tensor]:
-        return functools.partial(forward_ref, self.weights(dtype))
+        return functools.partial(forward_ref, self.weights(dtype), plain(dtype, self.dtype))
 
     def weights(self, dtype: torch.dtype) -> CellTransformerWeights:
-        return self.packed("cell", dtype, CellTransformerWeights)
+        return self.packed(f"cell in {dtype}", self.dtype, functools.partial(CellTransformerWeights, dtype=dtype))
 
     def times(self, dtype: torch.dtype, table: StepTable) -> Tensor:
         return self.weights(dtype).time_table(table)
 
     def hoisted(self, ops: Plain, times: Tensor, guided: tuple[bool, ...], context: Context, at: int, budget: int) -> Velocity:
         """H1, and all modulation, which depends on class and time alone, for as many steps at a time as there is room (H3)."""
-        condition, caches = context["condition"], caches_of(context)
-        w = self.weights(condition.dtype)
+        condition, caches, dtype = context["condition"], caches_of(context), dtype_of(context)
+        w = self.weights(dtype)
         backbone, rotation = w.backbone, w.rotation(at, self.tokens_of_a_cell)
         width = sum(len(bias) for _, bias in backbone.ada_lin)
         steps, ready = range(0), []
@@ -163,12 +189,12 @@ class CellTransformerHead(FlowHead):
         def velocity(i: int, x: Tensor) -> Tensor:
             nonlocal steps, ready
             if i not in steps:
-                steps = chunk_from(i, guided, budget // max(1, len(x) * width * condition.element_size()))
+                steps = chunk_from(i, guided, budget // max(1, len(x) * width * dtype.itemsize))
                 y = F.silu(times[steps.start : steps.stop, None] + condition[: len(x)])
                 ready = [ops.linear(y, layer) for layer in backbone.ada_lin]
             of_step = [Modulation.split(part[i - steps.start, :, None]) for part in ready]
             some = [Cache(cache.k[: len(x)], cache.v[: len(x)]) for cache in caches]
-            h = ops.linear(x.to(condition.dtype), backbone.input)
+            h = ops.linear(x.to(dtype), backbone.input)
             return ops.linear(transform(ops, backbone, h, of_step, rotation, some, at), w.output)
 
         return velocity

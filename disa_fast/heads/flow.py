@@ -32,8 +32,8 @@ STATE = torch.float64
 class FlowCall:
     """What a backend is given, n trajectories of `tokens` tokens each.
 
-    context: what the network sees beside state and time, all in the network's dtype, with rows first: [n, ...], or [2n, ...] where
-        there may be guidance, conditional half first.
+    context: what the network sees beside state and time, with rows first: [n, ...], or [2n, ...] where there may be guidance,
+        conditional half first.
     at: position of the first token, before which others are finished.
     guided: at which steps there is guidance.
     noise: [n, tokens, channels] float64; step_noise: [T, n, tokens, channels] float64 where the table has noisy steps, else None.

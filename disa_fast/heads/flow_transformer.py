@@ -40,7 +40,9 @@ from ..transformer import (
     cross_keys_values,
     gated_width,
     grid_rotation,
+    in_dtype,
     initialize_linears,
+    plain,
 )
 from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
 from .mlp import FREQUENCIES, TimeTables, draws_of, embed_time
@@ -114,21 +116,21 @@ def time_index(t: Tensor) -> Tensor:
     return (t.float() * 1000).long()
 
 
-def forward_ref(p: Mapping[str, Tensor], x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+def forward_ref(p: Mapping[str, Tensor], x: Tensor, t: Tensor, z: Tensor, ops: Plain = PLAIN) -> Tensor:
     """The network, as the formula above reads. x: [rows, tokens, in_channels], t: [rows], z: [rows, tokens, z_channels]; all in
     one dtype but t. Returns the velocity, [rows, tokens, in_channels]."""
     e = embed_time(p, time_index(t))[:, None]
-    c = F.linear(z, p["cond_embed.weight"], p["cond_embed.bias"])
-    h = F.linear(x, p["input_proj.weight"], p["input_proj.bias"])
+    c = ops.linear(z, (p["cond_embed.weight"], p["cond_embed.bias"]))
+    h = ops.residual(ops.linear(x, (p["input_proj.weight"], p["input_proj.bias"])))
     depth = sum(name.endswith("attn.qkv.weight") for name in p)
     rotation = grid_rotation(p["res_blocks.0.attn.rope.freqs"], side_of(x.shape[1]))
     for prefix in (f"res_blocks.{i}." for i in range(depth)):
         w = BlockWeights.of(p, prefix)
-        cross = None if w.cross is None else cross_keys_values(PLAIN, w, z, rotation)
-        h = block(PLAIN, w, h, modulation_of(p, prefix, e, c), rotation, cross=cross)
+        cross = None if w.cross is None else cross_keys_values(ops, w, z, rotation)
+        h = block(ops, w, h, modulation_of(p, prefix, e, c), rotation, cross=cross)
     shift, scale = adaln(p, "final_layer.adaLN_modulation.1", c + e).chunk(2, dim=-1)
-    m = PLAIN.norm_modulate(h, scale, shift)
-    return F.linear(m, p["final_layer.linear.weight"], p["final_layer.linear.bias"])
+    m = ops.norm_modulate(h, scale, shift)
+    return ops.linear(m, (p["final_layer.linear.weight"], p["final_layer.linear.bias"]))
 
 
 def modulation_of(p: Mapping[str, Tensor], prefix: str, e: Tensor, c: Tensor) -> Modulation:
@@ -190,28 +192,31 @@ class FlowTransformerNet(nn.Module):
 
 
 class FlowTransformerWeights:
-    """A head's parameters in one dtype, by role; nothing is copied but a cast."""
+    """A head's parameters by role, for products in `dtype`; nothing is copied but a cast."""
 
-    def __init__(self, p: Mapping[str, Tensor], spec: FlowTransformerSpec) -> None:
+    def __init__(self, p: Mapping[str, Tensor], spec: FlowTransformerSpec, dtype: torch.dtype) -> None:
+        p = in_dtype(p, dtype)
+
         def layer(name: str) -> Layer:
             return p[name + ".weight"], p[name + ".bias"]
 
         prefixes = [f"res_blocks.{i}." for i in range(spec.depth)]
-        self.spec = spec
+        self.parameters, self.spec = p, spec
         self.cond, self.input, self.output = (layer(name) for name in ("cond_embed", "input_proj", "final_layer.linear"))
         self.blocks = [BlockWeights.of(p, prefix) for prefix in prefixes]
         self.of_time = [layer(prefix + "ada_lin_attn") for prefix in prefixes] if spec.cross else []
         self.of_condition = [layer(prefix + ("ada_lin_mlp" if spec.cross else "ada_lin")) for prefix in prefixes]
         self.of_condition.append(layer("final_layer.adaLN_modulation.1"))
         self.modulation_width = sum(len(bias) for _, bias in self.of_condition)
-        self.freqs = p["res_blocks.0.attn.rope.freqs"]
-        self.rotation = functools.cache(self._rotation)
+        self.rotation = functools.cache(functools.partial(kept_rotation, p["res_blocks.0.attn.rope.freqs"]))
         self.time_table = TimeTables(lambda t: embed_time(p, time_index(t)), self.cond[0].device)
 
-    def _rotation(self, side: int) -> Rotation:
-        rotation = grid_rotation(self.freqs, side)
-        settle(self.freqs.device)
-        return rotation
+
+def kept_rotation(freqs: Tensor, side: int) -> Rotation:
+    """grid_rotation, ready for every stream."""
+    rotation = grid_rotation(freqs, side)
+    settle(freqs.device)
+    return rotation
 
 
 class FlowTransformerHead(FlowHead):
@@ -265,7 +270,8 @@ class FlowTransformerHead(FlowHead):
         generator: draws whatever of the two is not given, in the order, shapes and dtypes of the published implementation, so
             that one seed gives one result; torch's global generator if None.
         backend: "auto", or a backend's name (`disa_fast.explain` lists them).
-        dtype: of the network's arithmetic; the parameters' own if None. torch.autocast is not consulted.
+        dtype: of the network's products; the parameters' own if None. Where it is another, norms, rotary tables and the residual
+            stream are float32 or wider, and the weights are cast once. torch.autocast is not consulted.
 
         Returns [rows, tokens, in_channels], float64 if dtype is, else float32; the state is float64 on the way. With cfg > 1 the
         second half is a copy of the first. Raises ValueError for shapes, dtypes, devices or values that do not fit,
@@ -294,11 +300,11 @@ class FlowTransformerHead(FlowHead):
     # What backends build on --------------------------------------------------------------------------------------------
 
     def network(self, dtype: torch.dtype) -> Callable[..., Tensor]:
-        p = self.packed("network", dtype, lambda parameters, spec: parameters)
-        return lambda x, t, at, z: forward_ref(p, x, t, z)
+        p, ops = self.weights(dtype).parameters, plain(dtype, self.dtype)
+        return lambda x, t, at, z: forward_ref(p, x, t, z, ops)
 
     def weights(self, dtype: torch.dtype) -> FlowTransformerWeights:
-        return self.packed("flow", dtype, FlowTransformerWeights)
+        return self.packed(f"flow in {dtype}", self.dtype, functools.partial(FlowTransformerWeights, dtype=dtype))
 
     def times(self, dtype: torch.dtype, table: StepTable) -> Tensor:
         return self.weights(dtype).time_table(table)

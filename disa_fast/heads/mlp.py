@@ -216,17 +216,16 @@ class TimeTables:
     """time_embed of every step of a table, [T, width]: embed(t), t [T] float64 on `device`; kept for the grids used last (H1)."""
 
     def __init__(self, embed: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self._embed, self._device = embed, device
-        self._of_grid = functools.lru_cache(TIME_TABLES_KEPT)(self._make)
+        def make(t: tuple[float, ...]) -> Tensor:  # no method, which would hold this object, and the weights, in a cycle
+            made = embed(torch.tensor(t, dtype=torch.float64, device=device))
+            settle(device)
+            return made
+
+        self._of_grid = functools.lru_cache(TIME_TABLES_KEPT)(make)
         self.cache_info = self._of_grid.cache_info
 
     def __call__(self, table: StepTable) -> Tensor:
         return self._of_grid(tuple(table.t.tolist()))
-
-    def _make(self, t: tuple[float, ...]) -> Tensor:
-        made = self._embed(torch.tensor(t, dtype=torch.float64, device=self._device))
-        settle(self._device)
-        return made
 
 
 class HoistedWeights:

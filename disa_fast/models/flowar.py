@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import backends, profiling
-from ..checks import check_flag, scalar, sized, whole
+from ..checks import check_dtype, check_flag, scalar, sized, whole
 from ..heads.flow_transformer import HEAD_DIM, FlowTransformerHead, FlowTransformerNet, FlowTransformerSpec
 from ..heads.mlp import Draw
+from ..heads.packing import Packing
 from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
-from ..transformer import GRID, BackboneWeights, Rotary, grid_rotation, modulations, transform
+from ..transformer import GRID, BackboneWeights, Rotary, grid_rotation, in_dtype, modulations, transform
 from .backbone import Backbone, block_causal_mask
 from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, plan, undisturbed
 from .sizes import preset
@@ -51,6 +52,29 @@ def enlarged(tokens: Tensor, side: int) -> Tensor:
 def as_sequence(grid: Tensor) -> Tensor:
     """[B, C, h, w] -> [B, h * w, C]"""
     return grid.flatten(2).transpose(1, 2)
+
+
+class CastBackbone(Packing):
+    """A FlowAR's backbone cast for products in another dtype than its parameters', kept and followed as Packing does.
+
+    It sees the model's parameters and parts without holding the model, which is thus freed as soon as nobody else holds it.
+    """
+
+    any_parameter = "encoder_norm.weight"
+
+    def __init__(self, model: FlowAR) -> None:
+        seen = nn.Module()
+        for held in ("_parameters", "_buffers", "_modules"):
+            seen.__dict__[held] = model.__dict__[held]
+        super().__init__(seen, None)
+
+    def weights(self, dtype: torch.dtype) -> BackboneWeights:
+        return self.packed(f"backbone in {dtype}", self.dtype, functools.partial(self._cast, dtype=dtype))
+
+    @staticmethod
+    def _cast(p: dict[str, Tensor], spec: None, dtype: torch.dtype) -> BackboneWeights:
+        multiplied = {name: t for name, t in p.items() if not name.startswith(("flownet.", "class_emb."))}
+        return BackboneWeights.of(in_dtype(multiplied, dtype))
 
 
 class FlowAR(Backbone):
@@ -119,6 +143,7 @@ class FlowAR(Backbone):
         )
         self.register_buffer("mask", block_causal_mask([s * s for s in self.scale]))
         self.head = FlowTransformerHead.from_module(self.flownet)
+        self._cast = CastBackbone(self)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Training loss, a scalar: the flow loss at every scale, each weighted by its share of the last one's tokens.
@@ -166,6 +191,7 @@ class FlowAR(Backbone):
         progress: bool = False,
         backend: str = "auto",
         bsz: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Generate images: one AR step for each scale, step k's tokens in T(k) steps along the flow.
 
@@ -178,10 +204,14 @@ class FlowAR(Backbone):
         generator: source of noise; torch's global generator if None.
         draw: draw(shape, dtype) -> Tensor replaces `generator`, called in upstream's order and shapes.
         backend: of flow head and backbone, see FlowTransformerHead.denoise.
+        dtype: of the products of flow head and backbone, see FlowTransformerHead.denoise; the parameters' own if None.
 
-        Returns [B, vae_embed_dim, H, W] latents, float32, or float64 of a float64 model. ValueError for arguments that do not
-        fit. torch.autocast is not consulted.
+        Returns [B, vae_embed_dim, H, W] latents, float64 if dtype is, else float32. ValueError for arguments that do not fit.
+        torch.autocast is not consulted.
         """
+        own = self.encoder_norm.weight.dtype
+        dtype = own if dtype is None else dtype
+        check_dtype(dtype)
         labels, K, cfg = batch_labels(self, labels, bsz), len(self.scale), scalar("cfg", cfg)
         check_flag("progress", progress)
         steps = self.plan(schedule, solver, cfg)
@@ -189,9 +219,8 @@ class FlowAR(Backbone):
         drawn_rows = batch * (1 if cfg == 1.0 else 2)  # upstream doubles the batch then, guided or not
         rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels
 
-        w = BackboneWeights.of(self.named_tensors())
-        dtype, device = w.encoder_norm.dtype, labels.device
-        ops = backends.BACKENDS[backends.choose(backend, self.head.spec, dtype, device, len(rows))].transformer_ops(dtype)
+        w, device = BackboneWeights.of(self.named_tensors()) if dtype == own else self._cast.weights(dtype), labels.device
+        ops = backends.BACKENDS[backends.choose(backend, self.head.spec, dtype, device, len(rows))].transformer_ops(dtype, own)
         condition = self.class_emb(rows)[:, None]
         x, start, caches, by_class = condition, 0, w.caches(len(rows)), modulations(ops, w, condition)
         for step in tqdm(steps, desc="scales", disable=not progress):
@@ -203,7 +232,7 @@ class FlowAR(Backbone):
                 both = guided and step.cfg > 1
                 tokens = self.head.denoise(
                     z if both else z[:batch], table, step.cfg if both else 1.0, guidance, temperature,
-                    noise[:batch], None if step_noise is None else step_noise[:, :batch], backend=backend,
+                    noise[:batch], None if step_noise is None else step_noise[:, :batch], backend=backend, dtype=dtype,
                 )[:batch]  # fmt: skip
                 grid = tokens.transpose(1, 2).unflatten(2, (side, side))
                 start += side * side

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import profiling
-from ..checks import check_flag, sized
+from ..checks import check_dtype, check_flag, sized
 from ..heads.cell_transformer import CellTransformerHead
 from ..heads.flow_transformer import time_index
 from ..heads.mlp import FREQUENCIES, Draw, embed_time
@@ -160,6 +160,7 @@ class XAR(Backbone):
         progress: bool = False,
         backend: str = "auto",
         bsz: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Generate images: one AR step for each cell, step k's tokens in T(k) steps along the flow.
 
@@ -172,17 +173,21 @@ class XAR(Backbone):
         generator: source of noise; torch's global generator if None.
         draw: draw(shape, dtype) -> Tensor replaces `generator`, called in upstream's order and shapes.
         backend: see FlowTransformerHead.denoise.
+        dtype: of the transformer's products, and of its cached keys and values; the parameters' own if None. See
+            FlowTransformerHead.denoise.
 
-        Returns [B, vae_embed_dim, H, W] latents, float32, or float64 of a float64 model. ValueError for arguments that do not
-        fit. torch.autocast is not consulted. One step for a cell works, and two are two (upstream fails with one step, and with two
-        in a cell between first and last).
+        Returns [B, vae_embed_dim, H, W] latents, float64 if dtype is, else float32. ValueError for arguments that do not fit.
+        torch.autocast is not consulted. One step for a cell works, and two are two (upstream fails with one step, and with two in
+        a cell between first and last).
         """
+        dtype = self.head.dtype if dtype is None else dtype
+        check_dtype(dtype)
         labels, K = batch_labels(self, labels, bsz), self.clusters
         check_flag("progress", progress)
         steps = self.plan(schedule, solver, cfg)
-        guided, batch, dtype = is_guided(steps, guidance), len(labels), self.pred.weight.dtype
+        guided, batch = is_guided(steps, guidance), len(labels)
         rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels
-        context, per_cell, cells = self.head.begin(rows), self.head.tokens_of_a_cell, []
+        context, per_cell, cells = self.head.begin(rows, dtype), self.head.tokens_of_a_cell, []
         for step in tqdm(steps, desc="cells", disable=not progress):
             at = step.k * per_cell
             with profiling.range(profiling.AR_STEP, step.k, K, len(step.table), len(rows) * per_cell):
