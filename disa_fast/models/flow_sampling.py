@@ -16,6 +16,7 @@ from ..heads.flow import STATE, check_guidance, draw_flow_noise
 from ..heads.mlp import Draw, checked, draws_of
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import Solver, StepTable, resolve_flow
+from ..untraced import untraced
 from .backbone import Backbone
 
 P = ParamSpec("P")
@@ -44,6 +45,7 @@ class FlowStep:
     cfg: float
 
 
+@untraced
 def plan(K: int, schedule: Schedule | str, rounding: str, solver: str | Solver, grid: str, cfg: float | Tensor) -> list[FlowStep]:
     """Every AR step in turn. A single one has the nominal scale."""
     schedule, table_for, cfg = as_schedule(schedule, rounding), resolve_flow(solver, grid), scalar("cfg", cfg)

@@ -23,6 +23,7 @@ from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
 from ..transformer import GRID, BackboneWeights, Rotary, grid_rotation, modulations, transform
+from ..untraced import untraced
 from .backbone import Backbone, block_causal_mask
 from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, plan, undisturbed
 from .sizes import preset
@@ -152,6 +153,7 @@ class FlowAR(Backbone):
         return plan(len(self.scale), schedule, "flowar", solver, "flowar", cfg)
 
     @torch.no_grad()
+    @untraced
     @undisturbed
     def sample_tokens(
         self,

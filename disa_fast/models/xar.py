@@ -23,6 +23,7 @@ from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
 from ..transformer import BackboneWeights, Rotary, Rotation, grid_rotation, modulations, transform
+from ..untraced import untraced
 from .backbone import Backbone, block_causal_mask
 from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, plan, undisturbed
 from .sizes import preset
@@ -146,6 +147,7 @@ class XAR(Backbone):
         return plan(self.clusters, schedule, "xar", solver, "uniform", cfg)
 
     @torch.no_grad()
+    @untraced
     @undisturbed
     def sample_tokens(
         self,

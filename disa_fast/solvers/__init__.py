@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 from ..checks import check_choice
+from ..untraced import untraced
 from .ddim import ddim
 from .ddpm import ddpm
 from .dpm_solver import dpm_solver
@@ -35,6 +36,7 @@ DEFAULT_CLIP = "default"
 DEFAULT_CLIPS = {"ddpm": 950, "ddim": 980}
 
 
+@untraced
 def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solver:
     """steps -> StepTable, cached by step count, for a name of `NAMES` or for any callable of the same kind.
 
@@ -52,7 +54,7 @@ def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP) -> Solv
         if build not in (ddpm, ddim):
             raise ValueError(f"clip: only 'ddpm' and 'ddim' take one, got clip = {clip!r} with solver {solver!r}")
         build = functools.partial(build, clip=clip)
-    return functools.lru_cache(maxsize=256)(build)
+    return untraced(functools.lru_cache(maxsize=256)(build))
 
 
 def is_default(clip: object) -> bool:
@@ -76,14 +78,15 @@ def _made_by(solver: Solver, steps: int) -> StepTable:
 
 
 # One table for all calls, since what is derived from a table is kept by table.
-_flow_euler = functools.lru_cache(maxsize=256)(flow_euler)
-_flow_euler_maruyama = functools.lru_cache(maxsize=256)(flow_euler_maruyama)
+_flow_euler = untraced(functools.lru_cache(maxsize=256)(flow_euler))
+_flow_euler_maruyama = untraced(functools.lru_cache(maxsize=256)(flow_euler_maruyama))
 
 
+@untraced
 def resolve_flow(solver: str | Solver, grid: str) -> Solver:
     """steps -> StepTable, cached by step count, for a name of `FLOW_NAMES` or for any callable of the same kind. grid: Euler's, as
     in flow_euler."""
     by_name: dict[str, Solver] = {"euler": functools.partial(_flow_euler, grid=grid), "euler_maruyama": _flow_euler_maruyama}
     check_choice("grid", grid, GRIDS)
     build = _named(solver, by_name)
-    return functools.lru_cache(maxsize=256)(build) if callable(solver) else build
+    return untraced(functools.lru_cache(maxsize=256)(build)) if callable(solver) else build

@@ -11,10 +11,12 @@ import functools
 import numpy as np
 
 from ..checks import is_whole
+from ..untraced import untraced
 
 BASE_STEPS = 1000
 
 
+@untraced
 @functools.cache
 def cosine_betas() -> np.ndarray:
     """beta_t of the base schedule, [1000] float64."""
@@ -25,6 +27,7 @@ def cosine_betas() -> np.ndarray:
     return betas
 
 
+@untraced
 @functools.cache
 def cosine_alphas_cumprod() -> np.ndarray:
     """Product of (1 - beta) up to t, [1000] float64."""

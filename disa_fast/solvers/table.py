@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checks import check_flag
+from ..untraced import untraced
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class StepTable:
     noisy: np.ndarray
     draws: bool
 
+    @untraced
     def __post_init__(self) -> None:
         if not isinstance(self.solver, str):
             raise ValueError(f"solver: expected a name, got {self.solver!r}")
