@@ -20,6 +20,7 @@ from ..models.flowar import FlowAR
 from ..models.xar import XAR
 from ..schedule import Linear, Schedule, as_schedule
 from ..solvers import Solver, is_default
+from ..untraced import untraced
 from .accelerated import Accelerated, with_signature
 
 COUNTS = ("flow_upper_steps", "flow_lower_steps")  # arguments by which DiSA's objects are told how to anneal
@@ -93,6 +94,7 @@ class AcceleratedFlow(Accelerated):
             (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
         self._native.train(self._model.training)
 
+    @untraced
     def _sample(self, *args: object, **kwargs: object) -> Tensor:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()

@@ -23,6 +23,7 @@ from ..schedule import Constant, Cosine, Linear, Schedule, TwoStage, as_schedule
 from ..solvers import DEFAULT_CLIP, DEFAULT_CLIPS, Solver, is_default, resolve
 from ..solvers.ddim import ddim_timesteps
 from ..solvers.diffusion import BASE_STEPS, respace
+from ..untraced import untraced
 from .accelerated import Accelerated, with_signature
 
 DEFAULT_SCHEDULE = "linear:50-5"
@@ -62,6 +63,7 @@ class AcceleratedMAR(Accelerated):
             raise UnsupportedError(f"model: {at}.net is not a MAR diffusion head: {error}") from error
         self._diffloss = diffloss
         self._original_loop: Any = None
+        self._original_orders: Any = None
         self._loop = threading.local()
 
     def configure(self, schedule: Schedule | str | None, solver: str | Solver | None, clip: int | str | None, backend: str) -> None:
@@ -77,6 +79,11 @@ class AcceleratedMAR(Accelerated):
         self.schedule_from = "argument" if schedule is not None else "model" if own else "default"
 
     def _shadow_all(self) -> None:
+        owner: Any = functools.reduce(getattr, self.diffloss_at.split(".")[:-1], self._model)
+        self._original_orders = getattr(owner, "sample_orders", None)
+        if callable(self._original_orders):
+            orders = with_signature(self._orders, inspect.signature(self._original_orders))
+            self._shadow(owner, "sample_orders", orders)
         if self._told_the_step:
             self._shadow(self._diffloss, "sample", self._sample_told)
         else:
@@ -95,6 +102,12 @@ class AcceleratedMAR(Accelerated):
 
     # What shadows the model's own methods -----------------------------------------------------------------------------
 
+    @untraced
+    def _orders(self, *args: object, **kwargs: object) -> object:
+        """The object's own, of NumPy's generator, where torch.compile would take one of PyTorch's."""
+        return self._original_orders(*args, **kwargs)
+
+    @untraced
     def _sample_told(
         self, z: Tensor, temperature: float = 1.0, cfg: float | Tensor = 1.0, step: int = 0, ar_num_iter: int = 64
     ) -> Tensor:
@@ -103,6 +116,7 @@ class AcceleratedMAR(Accelerated):
         with profiling.range(profiling.AR_STEP_OF_ANOTHER_LOOP, step, ar_num_iter, len(table), len(z)):
             return self.head.denoise(z, table, cfg=cfg, temperature=temperature, backend=self.backend)
 
+    @untraced
     def _sample_counted(self, z: Tensor, temperature: float = 1.0, cfg: float | Tensor = 1.0) -> Tensor:
         if not hasattr(self._loop, "at"):  # called on its own, outside the loop: as a first step
             return self._sample_told(z, temperature, cfg, 0, 1)
@@ -110,6 +124,7 @@ class AcceleratedMAR(Accelerated):
         self._loop.at = (k + 1, K)
         return self._sample_told(z, temperature, cfg, k, K)
 
+    @untraced(recursive=False)
     def _counted_loop(self, *args: object, **kwargs: object) -> object:
         bound = inspect.signature(self._original_loop).bind(*args, **kwargs)
         bound.apply_defaults()
