@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_dtype, check_generator, describe, is_dense, is_whole, usable_device, whole
+from .untraced import untraced
 
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -80,6 +81,7 @@ class Philox:
             raise ValueError(f"streams: expected a [trajectories] tensor of torch.int64 or None, got {describe(streams)}")
 
     @classmethod
+    @untraced
     def drawn(cls, generator: torch.Generator | None = None) -> Philox:
         """With a seed of 63 bits: one draw from `generator`, on its device, or from torch's global generator of the CPU."""
         check_generator(generator)
@@ -91,6 +93,7 @@ class Philox:
         """The seed's low and high word."""
         return int(self.seed) & LOW, int(self.seed) >> 32
 
+    @untraced
     def streams_of(self, trajectories: int, device: torch.device | str) -> Tensor:
         """[trajectories] int64 on `device`: the stream of each. ValueError if as many were not given."""
         if self.streams is None:
@@ -99,6 +102,7 @@ class Philox:
             raise ValueError(f"streams: expected [{trajectories}], one for each trajectory, got {list(self.streams.shape)}")
         return self.streams.to(device)
 
+    @untraced
     def normal(
         self,
         steps: Sequence[int],

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .checks import MOST, check_choice, is_whole, whole
+from .untraced import untraced
 
 Schedule = Callable[[int, int], int]
 
@@ -166,6 +167,7 @@ def as_schedule(schedule: Schedule | str, rounding: str = "mar") -> Schedule:
     return schedule if callable(schedule) else parse_schedule(schedule, rounding)
 
 
+@untraced
 def steps_at(schedule: Schedule, k: int, K: int) -> int:
     """T(k), checked: a schedule may be any user's callable."""
     return _check_steps(f"schedule at k = {k} of {K}", schedule(k, K))

@@ -12,6 +12,9 @@ from .solvers.ddpm import posterior
 from .solvers.diffusion import cosine, cosine_alphas_cumprod, cosine_betas
 
 TRAIN_CLIP = 950
+# [951] float64 each, over t. Made once, and not in the loss: torch.compile would trace that.
+_POSTERIOR = tuple(torch.from_numpy(c) for c in posterior(cosine_betas()[: TRAIN_CLIP + 1], cosine()))
+_SIGNAL = torch.tensor(cosine_alphas_cumprod()[: TRAIN_CLIP + 1])
 
 
 def diffusion_loss(net: nn.Module, target: Tensor, z: Tensor) -> Tensor:
@@ -21,8 +24,8 @@ def diffusion_loss(net: nn.Module, target: Tensor, z: Tensor) -> Tensor:
     drawn from 0..950: the head is never asked for a later one (arXiv 2102.09672, section 3.1; diffusion/gaussian_diffusion.py and
     the clip of MAR_DiSA/diffusion/__init__.py in the DiSA repository at 283fa59). Returns a scalar.
     """
-    a, b, l0, l1 = (torch.from_numpy(c).to(target) for c in posterior(cosine_betas()[: TRAIN_CLIP + 1], cosine()))
-    signal = torch.tensor(cosine_alphas_cumprod()[: TRAIN_CLIP + 1]).to(target)
+    a, b, l0, l1 = (c.to(target) for c in _POSTERIOR)
+    signal = _SIGNAL.to(target)
     t = torch.randint(0, TRAIN_CLIP + 1, (len(target),), device=target.device)
     noise = torch.randn_like(target)
     x = signal[t, None].sqrt() * target + (1 - signal[t, None]).sqrt() * noise

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checks import scalar
 from .solvers import StepTable
+from .untraced import untraced
 
 
 class TokenWatch:
@@ -17,10 +18,12 @@ class TokenWatch:
     def __init__(self) -> None:
         self._seen: list[tuple[int, int, Tensor]] = []
 
+    @untraced
     def add(self, k: int, K: int, tokens: Tensor) -> None:
         """The tokens of AR step k of K."""
         self._seen.append((k, K, torch.isfinite(tokens).all()))
 
+    @untraced
     def said(self) -> str | None:
         """What there is to say of the steps since the last time: the first whose tokens are not finite."""
         seen, self._seen = self._seen, []
@@ -35,6 +38,7 @@ class TokenWatch:
                 )
         return None
 
+    @untraced
     def warn(self) -> None:
         text = self.said()
         if text is not None:
@@ -49,6 +53,7 @@ def of_temperature(table: StepTable, temperature: float | Tensor) -> str | None:
     return f"temperature: {table.solver} adds no noise, so that temperature = {temperature:g} has no effect"
 
 
+@untraced
 def warn_of_temperature(table: StepTable, temperature: float | Tensor) -> None:
     text = of_temperature(table, temperature)
     if text is not None:

@@ -25,11 +25,13 @@ PARAMETERS = "the parameters' own"  # reason for a dtype
 
 @dataclass(frozen=True)
 class Settings:
-    """Those of `accelerate`, resolved. schedule_from: "argument", "model" or "default"."""
+    """Those of `accelerate`, resolved. schedule_from: "argument", "model" or "default"; is_own_solver:
+    the solver is what the object itself samples with, and was not asked for."""
 
     schedule: Schedule | str
     schedule_from: str
     solver: str | Solver
+    is_own_solver: bool
     clip: int | str | None
     backend: str
     dtype: torch.dtype | None

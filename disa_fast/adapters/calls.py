@@ -45,6 +45,14 @@ def required(signature: inspect.Signature) -> list[str]:
     return [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in variable]
 
 
+def is_default_of(parameter: inspect.Parameter, value: object) -> bool:
+    """Whether a parameter's value is what it would be if it were not given."""
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return not value
+    plain = isinstance(value, bool | int | float | str) and type(value) is type(parameter.default)
+    return value is parameter.default or (plain and value == parameter.default)
+
+
 def arguments_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, defaults included, those of **kwargs among them. Raises TypeError
     for a call that the method itself would refuse."""

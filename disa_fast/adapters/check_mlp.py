@@ -303,11 +303,9 @@ def _backend_error(net: nn.Module, own: Own, solver: str, backend: str, dtype: t
         chosen = backends.choose(backend, head.spec, dtype, head.device, rows=2 * ROWS)
         torch.manual_seed(SEED)
         noise, step_noise = draw_noise(table, len(z), head.spec.in_channels, True, *draws_of(None, z.device), torch.float32)
-        draw: Callable[..., Tensor] = (
-            lambda name, dtype: head.denoise(  # noqa: E731
-                z, table, 3.0, TEMPERATURE, noise, step_noise, backend=name, dtype=dtype
-            )[:ROWS]
-        )
+        draw: Callable[..., Tensor] = lambda name, dtype: head.denoise(
+            z, table, 3.0, TEMPERATURE, noise, step_noise, backend=name, dtype=dtype
+        )[:ROWS]
         ours, plain, truth = draw(chosen, dtype), draw("reference", dtype), draw("reference", torch.float64)
     try:
         return compared(ours, plain, truth, HALF_BOUND.get(dtype, LEAST_BOUND))[0]

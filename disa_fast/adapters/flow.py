@@ -21,10 +21,11 @@ from ..models.flowar import FlowAR
 from ..models.xar import XAR
 from ..schedule import Linear, Schedule, as_schedule
 from ..solvers import FLOW_NAMES, Solver, is_default
+from ..untraced import untraced
 from . import check as check_
 from . import check_flow
 from .accelerated import SKIPPED, Accelerated, Settings
-from .calls import arguments_of, required, signature_of, with_signature
+from .calls import arguments_of, is_default_of, required, signature_of, with_signature
 
 COUNTS = ("flow_upper_steps", "flow_lower_steps")  # arguments by which DiSA's objects are told how to anneal
 COUNT = "num_steps"  # by which the original xAR is told the steps of every cell
@@ -104,10 +105,11 @@ class AcceleratedFlow(Accelerated):
         found = self._checked(backend) if check else SKIPPED
         if not check:
             self._say_of_weights(self._model)
-        if solver is None:
+        is_own_solver = solver is None
+        if is_own_solver:
             solver = found["solver"] if isinstance(found, Mapping) else self.own_solver
         self._function = check_.structure_of(self._model)
-        return Settings(schedule, schedule_from, solver, None, backend, dtype), found
+        return Settings(schedule, schedule_from, solver, is_own_solver, None, backend, dtype), found
 
     def _adopt(self) -> None:
         pass
@@ -204,6 +206,7 @@ class AcceleratedFlow(Accelerated):
     def _shadow_all(self) -> None:
         self._shadow(self._model, "sample_tokens", with_signature(self._sample, self._signature))
 
+    @untraced
     def _sample(self, *args: Any, **kwargs: Any) -> Tensor:
         arguments = arguments_of(self._signature, args, kwargs)
         self._refuse_others(arguments)
@@ -220,10 +223,9 @@ class AcceleratedFlow(Accelerated):
         steps = self._native.plan(schedule, self.solver)
         self._steps.update(len(step.table) for step in steps)
         call = self._call(arguments)
-        tokens = self._native.sample_tokens(
+        return self._native.sample_tokens(
             **call, schedule=schedule, solver=self.solver, backend=self.backend, dtype=self._product_dtype()
         )
-        return tokens
 
     def _ignored_before(self, schedule: Schedule, count: object) -> tuple[str, ...]:
         """The arguments that a schedule replaces by the same: a constant one of as many steps."""
@@ -232,9 +234,7 @@ class AcceleratedFlow(Accelerated):
     def _refuse_others(self, arguments: Mapping[str, Any]) -> None:
         for name, value in arguments.items():
             parameter = self._signature.parameters.get(name)
-            if name in self._known or (parameter is not None and value is parameter.default):
-                continue
-            if parameter is not None and parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and not value:
+            if name in self._known or (parameter is not None and is_default_of(parameter, value)):
                 continue
             raise UnsupportedError(f"{name}: sample_tokens is served with this argument at its default, got {value!r}")
 

@@ -24,11 +24,12 @@ from ..schedule import Constant, Cosine, Linear, Schedule, TwoStage, as_schedule
 from ..solvers import DEFAULT_CLIP, Solver, StepTable, default_clip, is_default, resolve
 from ..solvers.ddim import ddim_timesteps
 from ..solvers.diffusion import Diffusion, cosine, respace
+from ..untraced import untraced
 from ..watch import of_temperature
 from . import check as check_
 from . import check_mlp
 from .accelerated import HANDLE, SKIPPED, Accelerated, Settings
-from .calls import Loop, Loops, arguments_of, required, signature_of, with_signature
+from .calls import Loop, Loops, arguments_of, is_default_of, required, signature_of, with_signature
 from .check_mlp import Own
 from .diffusion import SERVED, Chain, process_of, read_chain, table_of
 
@@ -83,6 +84,7 @@ class AcceleratedMAR(Accelerated):
                 )
         self.head = self._head_of(diffloss.net)
         self._original_loop: Any = None
+        self._original_orders: Any = None
         self._reset()
 
     def _reset(self) -> None:
@@ -129,13 +131,15 @@ class AcceleratedMAR(Accelerated):
             self._say_of_weights(head._net)
         found = self._checked(own, backend, dtype) if check else SKIPPED
         own_schedule, own_solver, own_clip = annealed or (as_schedule(DEFAULT_SCHEDULE), None, DEFAULT_CLIP)
-        if solver is None:
+        is_own_solver = solver is None
+        if is_own_solver:
             solver = own_solver or (found["solver"] if isinstance(found, Mapping) else "ddpm")
             clip = own_clip if is_default(clip) and given is None else clip
         settings = Settings(
             schedule=own_schedule if given is None else given,
             schedule_from="argument" if given is not None else "model" if annealed else "default",
             solver=solver,
+            is_own_solver=is_own_solver,
             clip=clip,
             backend=backend,
             dtype=dtype,
@@ -165,7 +169,7 @@ class AcceleratedMAR(Accelerated):
 
     def _adopt(self) -> None:
         self._table_for = Tables(self.solver, self.clip, self._own)
-        self._is_exact_dpm = self._own is not None and self._own.solver == self.solver and str(self.solver).startswith("dpm")
+        self._is_unguided = self._settings.is_own_solver and str(self.solver).startswith("dpm")
 
     def _checked(self, own: Own, backend: str, dtype: torch.dtype | None, others: Mapping[str, object] | None = None) -> Any:
         dtype = self.head.dtype if dtype is None else dtype
@@ -214,6 +218,10 @@ class AcceleratedMAR(Accelerated):
     def _shadow_all(self) -> None:
         self._shadow(self._diffloss, HANDLE, self)
         self._shadow(self._diffloss, "sample", with_signature(self._sample, self._sample_signature))
+        owner: Any = functools.reduce(getattr, self.diffloss_at.split(".")[:-1], self._model)
+        self._original_orders = getattr(owner, "sample_orders", None)
+        if callable(self._original_orders):
+            self._shadow(owner, "sample_orders", with_signature(self._orders, signature_of(self._original_orders)))
         if not self._told_the_step:
             self._original_loop = getattr(self._model, self.loop_name)
             self._shadow(self._model, self.loop_name, with_signature(self._counted_loop, self._loop_signature))
@@ -229,6 +237,12 @@ class AcceleratedMAR(Accelerated):
 
     # What shadows the model's own methods -----------------------------------------------------------------------------
 
+    @untraced
+    def _orders(self, *args: Any, **kwargs: Any) -> Any:
+        """The object's own, of NumPy's generator, where torch.compile would take one of PyTorch's."""
+        return self._original_orders(*args, **kwargs)
+
+    @untraced
     def _sample(self, *args: Any, **kwargs: Any) -> Tensor:
         given = arguments_of(self._sample_signature, args, kwargs)
         k, K = self._position(given)
@@ -252,7 +266,7 @@ class AcceleratedMAR(Accelerated):
 
     def _denoised(self, head: MLPHead, z: Tensor, table: StepTable, given: Mapping[str, Any]) -> Tensor:
         cfg, options = given["cfg"], {"backend": self.backend, "dtype": self._product_dtype()}
-        if self._is_exact_dpm and float(cfg) != 1.0:  # which has no guidance: both halves go their own ways from one start
+        if self._is_unguided and float(cfg) != 1.0:  # as the published DPM-Solver: both halves go their own ways from one start
             start, _ = draw_noise(table, len(z), head.spec.in_channels, True, *draws_of(None, z.device), torch.float32)
             return head.denoise(z, table, noise=torch.cat([start, start]), **options)
         return head.denoise(z, table, cfg=cfg, temperature=given["temperature"], **options)
@@ -288,7 +302,7 @@ class AcceleratedMAR(Accelerated):
         others = {
             name: value
             for name, value in given.items()
-            if name not in OF_SAMPLE + TOLD and not (name in parameters and value is parameters[name].default)
+            if name not in OF_SAMPLE + TOLD and not (name in parameters and is_default_of(parameters[name], value))
         }
         text = ", ".join(f"{name} = {value!r}" for name, value in sorted(others.items()) if isinstance(value, _PLAIN_VALUES))
         if not others or (text in self._harmless and all(isinstance(value, _PLAIN_VALUES) for value in others.values())):
@@ -303,6 +317,7 @@ class AcceleratedMAR(Accelerated):
                 self._checked(self._own, self.backend, self.dtype, others)  # raises where it makes a difference
         self._harmless.add(text)
 
+    @untraced(recursive=False)
     def _counted_loop(self, *args: Any, **kwargs: Any) -> Any:
         num_iter = arguments_of(self._loop_signature, args, kwargs).get("num_iter")
         if num_iter is None and not isinstance(self.schedule, Constant):

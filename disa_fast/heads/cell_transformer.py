@@ -35,6 +35,7 @@ from ..transformer import (
     plain,
     transform,
 )
+from ..untraced import untraced
 from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
 from .flow_transformer import time_index
 from .mlp import TimeTables, draws_of, embed_time
@@ -117,6 +118,7 @@ class CellTransformerHead(FlowHead):
     def tokens_of_a_cell(self) -> int:
         return self.spec.tokens // self.spec.cells
 
+    @untraced
     def begin(self, labels: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The context of an image without a cell: `condition`, the embeddings of labels [rows], and room for the keys and values of
         all its tokens, `keys.0`, `values.0`, `keys.1`, ..., [rows, heads, tokens, head_dim] each, one of both for each block.
@@ -131,6 +133,7 @@ class CellTransformerHead(FlowHead):
         return context
 
     @torch.no_grad()
+    @untraced
     def finish(self, context: Context, at: int, tokens: Tensor, backend: str = "auto") -> None:
         """Put the keys and values of a finished cell's tokens, [rows, tokens, in_channels], at position `at` into the context."""
         rows, dtype = tokens.shape[0] * tokens.shape[1], dtype_of(context)
@@ -144,6 +147,7 @@ class CellTransformerHead(FlowHead):
             transform(ops, w.backbone, x, modulations(ops, w.backbone, y), rotation, caches_of(context), at)
 
     @torch.no_grad()
+    @untraced
     def denoise(
         self,
         context: Context,

@@ -44,6 +44,7 @@ from ..transformer import (
     initialize_linears,
     plain,
 )
+from ..untraced import untraced
 from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
 from .mlp import FREQUENCIES, TimeTables, draws_of, embed_time
 from .packing import holding, parameters_of, settle, state_of
@@ -242,7 +243,7 @@ class FlowTransformerHead(FlowHead):
         return cls(holding(sd, FlowTransformerNet, spec), spec)
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @untraced
     def denoise(
         self,
         z: Tensor,

@@ -30,6 +30,7 @@ from ..onednn import packed_linear
 from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import DEFAULT_CLIP, Solver, StepTable, resolve
+from ..untraced import untraced
 from .packing import Packing, holding, parameters_of, settle, state_of
 
 FREQUENCIES = 256
@@ -120,7 +121,8 @@ def _rates_on(device: torch.device) -> Tensor:
 
 def frequencies(t: Tensor) -> Tensor:
     """cos and sin features of time, [T] -> [T, 256] float32. Always float32, as the published heads compute them."""
-    angles = t.float()[:, None] * _rates_on(t.device)
+    rates = _RATES.to(t.device) if torch.compiler.is_compiling() else _rates_on(t.device)
+    angles = t.float()[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -296,6 +298,7 @@ class MLPHead(Packing):
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
+    @untraced
     def warmup(
         self,
         schedule: Schedule | str,
@@ -387,11 +390,25 @@ class MLPHead(Packing):
         is a copy of the first. Raises ValueError for shapes, dtypes, devices or values that do not fit, UnsupportedError
         for a backend that cannot serve the call.
         """
-        if torch.compiler.is_compiling():
-            if generator is None and isinstance(rng, str) and rng == "torch":
-                return self._denoise_compiled(z, table, cfg, temperature, noise, step_noise, backend, dtype, batch_invariant)
-            untraced = torch.compiler.disable(self.denoise)  # cuts the program here: neither is an operator's argument
-            return untraced(z, table, cfg, temperature, noise, step_noise, generator, backend, dtype, batch_invariant, rng)
+        if torch.compiler.is_compiling() and generator is None and isinstance(rng, str) and rng == "torch":
+            return self._denoise_compiled(z, table, cfg, temperature, noise, step_noise, backend, dtype, batch_invariant)
+        return self._denoise(z, table, cfg, temperature, noise, step_noise, generator, backend, dtype, batch_invariant, rng)
+
+    @untraced
+    def _denoise(
+        self,
+        z: Tensor,
+        table: StepTable,
+        cfg: float | Tensor,
+        temperature: float | Tensor,
+        noise: Tensor | None,
+        step_noise: Tensor | None,
+        generator: torch.Generator | None,
+        backend: str,
+        dtype: torch.dtype | None,
+        batch_invariant: bool,
+        rng: str | Philox,
+    ) -> Tensor:
         dtype = self.dtype if dtype is None else dtype
         cfg, temperature = scalar("cfg", cfg), scalar("temperature", temperature)
         self._check(z, table, cfg, temperature, dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOATS, describe, is_dense, is_plain
+from ..untraced import untraced
 
 WORD = 8  # bytes
 WORDS_IN_ORDER = 64
@@ -49,6 +50,7 @@ class Packing:
         with self._lock:
             self._forget()
 
+    @untraced
     def follow(self) -> None:
         """Notice parameters that were written through `.data` since they were laid out.
 

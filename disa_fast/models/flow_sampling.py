@@ -16,6 +16,7 @@ from ..heads.flow import STATE, check_guidance, draw_flow_noise
 from ..heads.mlp import Draw, checked, draws_of
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import Solver, StepTable, resolve_flow
+from ..untraced import untraced
 from .backbone import Backbone
 
 P = ParamSpec("P")
@@ -44,10 +45,16 @@ class FlowStep:
     cfg: float
 
 
+@untraced
 def plan(K: int, schedule: Schedule | str, rounding: str, solver: str | Solver, grid: str, cfg: float | Tensor) -> list[FlowStep]:
     """Every AR step in turn. A single one has the nominal scale."""
     schedule, table_for, cfg = as_schedule(schedule, rounding), resolve_flow(solver, grid), scalar("cfg", cfg)
     return [FlowStep(k, table_for(steps_at(schedule, k, K)), (cfg - 1) * k / (K - 1) + 1 if K > 1 else cfg) for k in range(K)]
+
+
+def longest(steps: list[FlowStep]) -> StepTable:
+    """The table of the AR step with the most denoising steps."""
+    return max((step.table for step in steps), key=len)
 
 
 def is_guided(steps: list[FlowStep], guidance: tuple[float, float]) -> bool:

@@ -24,8 +24,10 @@ from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
 from ..transformer import GRID, BackboneWeights, Rotary, grid_rotation, in_dtype, modulations, transform
+from ..untraced import untraced
+from ..watch import TokenWatch, warn_of_temperature
 from .backbone import Backbone, block_causal_mask
-from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, plan, undisturbed
+from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, longest, plan, undisturbed
 from .sizes import preset
 
 SIZES: dict[str, dict[str, int | bool]] = {
@@ -177,6 +179,7 @@ class FlowAR(Backbone):
         return plan(len(self.scale), schedule, "flowar", solver, "flowar", cfg)
 
     @torch.no_grad()
+    @untraced
     @undisturbed
     def sample_tokens(
         self,
@@ -215,6 +218,10 @@ class FlowAR(Backbone):
         labels, K, cfg = batch_labels(self, labels, bsz), len(self.scale), scalar("cfg", cfg)
         check_flag("progress", progress)
         steps = self.plan(schedule, solver, cfg)
+        warn_of_temperature(longest(steps), temperature)
+        self.head.follow()
+        self._cast.follow()
+        watch = TokenWatch()
         guided, batch = is_guided(steps, guidance), len(labels)
         drawn_rows = batch * (1 if cfg == 1.0 else 2)  # upstream doubles the batch then, guided or not
         rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels
@@ -234,9 +241,11 @@ class FlowAR(Backbone):
                     z if both else z[:batch], table, step.cfg if both else 1.0, guidance, temperature,
                     noise[:batch], None if step_noise is None else step_noise[:, :batch], backend=backend, dtype=dtype,
                 )[:batch]  # fmt: skip
+                watch.add(step.k, K, tokens)
                 grid = tokens.transpose(1, 2).unflatten(2, (side, side))
                 start += side * side
                 if step.k + 1 < K:
                     x = ops.linear(as_sequence(enlarged(grid, self.scale[step.k + 1])).to(dtype), w.input)
                     x = torch.cat([x, x]) if guided else x
+        watch.warn()
         return self.unpatchify(grid)

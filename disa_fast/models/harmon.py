@@ -19,6 +19,7 @@ from ..heads.mlp import Draw, MLPHead
 from ..philox import Philox
 from ..schedule import Schedule
 from ..solvers import DEFAULT_CLIP, Solver
+from ..untraced import untraced
 from ..vae import LATENT_SCALE
 from .mar import MAR
 from .mar import SIZES as MAR_SIZES
@@ -230,6 +231,7 @@ class Harmon(nn.Module):
             raise ValueError(f"image_shape: expected (tokens high, tokens wide) or None, got {image_shape!r}")
         return tuple(whole("image_shape", n) for n in image_shape)
 
+    @untraced
     def _prompts(
         self, prompt: object, cfg_prompt: str | None, input_ids: Tensor | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:

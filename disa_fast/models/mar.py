@@ -19,6 +19,7 @@ from ..philox import Philox
 from ..schedule import Schedule
 from ..solvers import DEFAULT_CLIP, Solver
 from ..training import diffusion_loss
+from ..untraced import untraced
 from .masked_sampling import masked_by, random_orders, sample_masked
 from .sizes import check_backbone, preset
 
@@ -305,6 +306,7 @@ class MAR(nn.Module):
         )  # fmt: skip
         return self.unpatchify(tokens)
 
+    @untraced
     def _batch_size(self, labels: Tensor | None, orders: Tensor | None, bsz: int | None) -> int:
         classes, device = self.class_emb.num_embeddings, self.fake_latent.device
         if labels is not None:

@@ -14,7 +14,8 @@ from ..checks import check_choice, check_flag, check_generator, describe, is_den
 from ..heads.mlp import Draw, MLPHead, checked, draw_noise
 from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
-from ..solvers import Solver, resolve
+from ..solvers import Solver, StepTable, resolve
+from ..untraced import untraced
 from ..watch import TokenWatch, warn_of_temperature
 
 
@@ -23,12 +24,14 @@ def still_masked_after(k: int, num_iter: int, tokens: int, masked: int) -> int:
     return max(1, min(masked - 1, math.floor(tokens * math.cos(math.pi / 2 * (k + 1) / num_iter))))
 
 
+@untraced
 def masked_by(orders: Tensor, count: int) -> Tensor:
     """[B, tokens] bool: the first `count` tokens of each order."""
     masked = torch.zeros(orders.shape, dtype=torch.bool, device=orders.device)
     return masked.scatter_(1, orders[:, :count], True)
 
 
+@untraced
 def random_orders(batch: int, tokens: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """[batch, tokens] int64: a random generation order for each image."""
     check_generator(generator)
@@ -36,6 +39,7 @@ def random_orders(batch: int, tokens: int, generator: torch.Generator | None, de
     return torch.rand(batch, tokens, generator=generator, device=source).argsort(dim=1).to(device)
 
 
+@untraced
 def check_orders(orders: object, batch: int, tokens: int, device: torch.device) -> None:
     """ValueError for what is not [batch, tokens] on `device`, each row a permutation."""
     if not is_dense(orders) or orders.dtype != torch.int64:
@@ -47,6 +51,7 @@ def check_orders(orders: object, batch: int, tokens: int, device: torch.device) 
         raise ValueError(f"orders: expected [{batch}, {tokens}], each row a permutation of the tokens")
 
 
+@untraced(recursive=False)
 def sample_masked(
     condition: Callable[[Tensor, Tensor], Tensor],
     head: MLPHead,
@@ -71,7 +76,7 @@ def sample_masked(
     MAR.sample_tokens.
 
     condition(known, masked) -> [rows, tokens, z_channels] is the backbone on [rows, tokens, channels], zero where masked, and
-    [rows, tokens] bool; with guidance, rows are the images twice, conditional half first.
+    [rows, tokens] bool; with guidance, rows are the images twice, conditional half first. It is all that torch.compile traces here.
     """
     schedule, table_for = as_schedule(schedule), resolve(solver, clip)
     check_choice("cfg_schedule", cfg_schedule, ("linear", "constant"))
@@ -97,27 +102,43 @@ def sample_masked(
     watch, guided = TokenWatch(), cfg != 1.0
     known = torch.zeros(batch, tokens, channels, dtype=dtype, device=device)
     masked, count = masked_by(orders, tokens), tokens
-    doubled = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
+    halves = 2 if guided else 1
     for k in tqdm(range(num_iter), desc="AR iterations", disable=not progress):
         left = still_masked_after(k, num_iter, tokens, count)
         last, table = k == num_iter - 1, table_for(steps_at(schedule, k, num_iter))
-        rows = batch * (2 if guided else 1) * (count if last else count - left)
+        rows = batch * halves * (count if last else count - left)
         with profiling.range(profiling.AR_STEP, k, num_iter, len(table), rows):
-            z = condition(doubled(known), doubled(masked))
+            z = condition(torch.cat([known] * halves), torch.cat([masked] * halves))
             still_masked = masked_by(orders, left)
             chosen = masked if last else masked & ~still_masked
             scale = 1 + (cfg - 1) * (tokens - left) / tokens if cfg_schedule == "linear" else cfg
 
-            z = z[doubled(chosen)]
-            noise = step_noise = None
-            if draw is not None:
-                state_dtype = torch.promote_types(dtype, torch.float32)
-                drawn = draw_noise(table, len(z), channels, guided, draw, draw, state_dtype)
-                noise, step_noise = (None if tensor is None else tensor.to(device) for tensor in drawn)
+            z = z[torch.cat([chosen] * halves)]
             source = {"generator": generator} if philox is None else {"rng": Philox(philox.seed, streams[chosen])}
-            x = head.denoise(z, table, scale, temperature, noise=noise, step_noise=step_noise, backend=backend, **source)
+            x = _denoise(head, z, table, guided, scale, temperature, draw, backend, source)
             watch.add(k, num_iter, x)
             known[chosen] = (x.chunk(2)[0] if guided else x).to(dtype)
             masked, count = still_masked, left
     watch.warn()
     return known
+
+
+@untraced
+def _denoise(
+    head: MLPHead,
+    z: Tensor,
+    table: StepTable,
+    guided: bool,
+    cfg: float,
+    temperature: float,
+    draw: Draw | None,
+    backend: str,
+    source: dict[str, torch.Generator | None] | dict[str, Philox],
+) -> Tensor:
+    """MLPHead.denoise with the noise that `draw` makes, or else with that of `source`."""
+    noise = step_noise = None
+    if draw is not None:
+        dtype = torch.promote_types(head.dtype, torch.float32)
+        drawn = draw_noise(table, len(z), head.spec.in_channels, guided, draw, draw, dtype)
+        noise, step_noise = (None if tensor is None else tensor.to(z.device) for tensor in drawn)
+    return head.denoise(z, table, cfg, temperature, noise=noise, step_noise=step_noise, backend=backend, **source)

@@ -23,8 +23,10 @@ from ..schedule import Schedule
 from ..solvers import Solver
 from ..training import flow_loss
 from ..transformer import BackboneWeights, Rotary, Rotation, grid_rotation, modulations, transform
+from ..untraced import untraced
+from ..watch import TokenWatch, warn_of_temperature
 from .backbone import Backbone, block_causal_mask
-from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, plan, undisturbed
+from .flow_sampling import FlowStep, batch_labels, drawn, is_guided, longest, plan, undisturbed
 from .sizes import preset
 
 SIZES: dict[str, dict[str, int]] = {
@@ -146,6 +148,7 @@ class XAR(Backbone):
         return plan(self.clusters, schedule, "xar", solver, "uniform", cfg)
 
     @torch.no_grad()
+    @untraced
     @undisturbed
     def sample_tokens(
         self,
@@ -185,6 +188,9 @@ class XAR(Backbone):
         labels, K = batch_labels(self, labels, bsz), self.clusters
         check_flag("progress", progress)
         steps = self.plan(schedule, solver, cfg)
+        warn_of_temperature(longest(steps), temperature)
+        self.head.follow()
+        watch = TokenWatch()
         guided, batch = is_guided(steps, guidance), len(labels)
         rows = torch.cat([labels, torch.full_like(labels, self.no_class)]) if guided else labels
         context, per_cell, cells = self.head.begin(rows, dtype), self.head.tokens_of_a_cell, []
@@ -197,5 +203,7 @@ class XAR(Backbone):
                 cell = self.head.denoise(
                     context, at, step.table, step.cfg, guidance, temperature, noise, step_noise, backend=backend, guided_rows=guided
                 )
+                watch.add(step.k, K, cell)
                 cells.append(cell.to(torch.promote_types(dtype, torch.float32)))
+        watch.warn()
         return self.unpatchify(unclusterify(torch.cat(cells, dim=1), math.isqrt(K)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..checks import check_choice
 from ..errors import UnsupportedError
+from ..untraced import untraced
 from .ddim import ddim
 from .ddpm import ddpm
 from .diffusion import BASE_STEPS, Diffusion, checked_clip
@@ -37,6 +38,7 @@ DEFAULT_CLIP = "default"
 DEFAULT_CLIPS = {"ddpm": 950, "ddim": 980}
 
 
+@untraced
 def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP, diffusion: Diffusion | None = None) -> Solver:
     """steps -> StepTable, cached by step count, for a name of `NAMES` or for any callable of the same kind.
 
@@ -64,7 +66,7 @@ def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP, diffusi
             f"solver: {solver!r} serves the cosine schedule of {BASE_STEPS} steps and noise prediction alone; "
             "the model was trained with another diffusion, which 'ddpm' and 'ddim' serve"
         )
-    return functools.lru_cache(maxsize=256)(build)
+    return untraced(functools.lru_cache(maxsize=256)(build))
 
 
 def default_clip(solver: str, base: int = BASE_STEPS) -> int:
@@ -94,14 +96,15 @@ def _made_by(solver: Solver, steps: int) -> StepTable:
 
 
 # One table for all calls, since what is derived from a table is kept by table.
-_flow_euler = functools.lru_cache(maxsize=256)(flow_euler)
-_flow_euler_maruyama = functools.lru_cache(maxsize=256)(flow_euler_maruyama)
+_flow_euler = untraced(functools.lru_cache(maxsize=256)(flow_euler))
+_flow_euler_maruyama = untraced(functools.lru_cache(maxsize=256)(flow_euler_maruyama))
 
 
+@untraced
 def resolve_flow(solver: str | Solver, grid: str) -> Solver:
     """steps -> StepTable, cached by step count, for a name of `FLOW_NAMES` or for any callable of the same kind. grid: Euler's, as
     in flow_euler."""
     by_name: dict[str, Solver] = {"euler": functools.partial(_flow_euler, grid=grid), "euler_maruyama": _flow_euler_maruyama}
     check_choice("grid", grid, GRIDS)
     build = _named(solver, by_name)
-    return functools.lru_cache(maxsize=256)(build) if callable(solver) else build
+    return untraced(functools.lru_cache(maxsize=256)(build)) if callable(solver) else build

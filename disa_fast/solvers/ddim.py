@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..untraced import untraced
 from .diffusion import BASE_STEPS, Diffusion, checked_steps, clip_timesteps, cosine, descending
 from .table import StepTable
 
 
+@untraced
 def ddim(steps: int, clip: int | None = 980, diffusion: Diffusion | None = None) -> StepTable:
     """Deterministic DDIM on the integer-stride grid, clipped at timestep `clip`.
 

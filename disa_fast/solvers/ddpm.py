@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..untraced import untraced
 from .diffusion import Diffusion, cosine, descending, respace
 from .table import StepTable
 
 
+@untraced
 def ddpm(steps: int, clip: int | None = 950, diffusion: Diffusion | None = None) -> StepTable:
     """The ancestral sampler of MAR and Harmon, respaced to `steps` of 1000 and clipped at timestep `clip`.
 

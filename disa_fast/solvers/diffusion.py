@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checks import check_choice, is_whole
+from ..untraced import untraced
 
 BASE_STEPS = 1000
 
 
+@untraced
 @functools.cache
 def cosine_betas() -> np.ndarray:
     """beta_t of the base schedule, [1000] float64."""
@@ -26,6 +28,7 @@ def cosine_betas() -> np.ndarray:
     return betas
 
 
+@untraced
 @functools.cache
 def cosine_alphas_cumprod() -> np.ndarray:
     """Product of (1 - beta) up to t, [1000] float64."""
@@ -89,6 +92,7 @@ class Diffusion:
         return timesteps * self.time_scale
 
 
+@untraced
 @functools.cache
 def cosine() -> Diffusion:
     """MAR's and Harmon's: the cosine schedule of 1000 base steps, noise prediction, learned range."""

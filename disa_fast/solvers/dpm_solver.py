@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..checks import check_flag
+from ..untraced import untraced
 from .diffusion import BASE_STEPS, checked_steps, cosine_alphas_cumprod
 from .table import StepTable
 
@@ -12,6 +13,7 @@ _T_START = 0.95
 _CLIP = 950
 
 
+@untraced
 def dpm_solver(steps: int, plus_plus: bool = False) -> StepTable:
     """`steps` + 1 evenly spaced times from 0.95 down to 1/951 and the exponential integrator between them.
 

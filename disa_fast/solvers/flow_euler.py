@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..checks import check_choice
+from ..untraced import untraced
 from .diffusion import checked_steps
 from .table import StepTable
 
@@ -13,6 +14,7 @@ GRIDS = ("flowar", "uniform")
 _UNIFORM_AT = 50  # the one count at which FlowAR's grid is uniform
 
 
+@untraced
 def flow_euler(steps: int, grid: str = "flowar") -> StepTable:
     """Euler steps over a velocity; the network is given t itself, in [0, 1].
 

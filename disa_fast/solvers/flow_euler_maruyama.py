@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..untraced import untraced
 from .diffusion import checked_steps
 from .flow_euler import linspace
 from .table import StepTable
@@ -11,6 +12,7 @@ from .table import StepTable
 T_LAST = 0.04  # the last time at which noise is still added
 
 
+@untraced
 def flow_euler_maruyama(steps: int) -> StepTable:
     """`steps` times from 1 to 0.04, then a step without noise to 0 (FlowAR_DiSA/models/sampler.py, DiSA repository, 283fa59).
 

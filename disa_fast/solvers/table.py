@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checks import check_choice, check_flag
+from ..untraced import untraced
 
 OUTPUTS = ("noise", "velocity")
 
@@ -41,6 +42,7 @@ class StepTable:
     draws: bool
     output: str | None = None
 
+    @untraced
     def __post_init__(self) -> None:
         if not isinstance(self.solver, str):
             raise ValueError(f"solver: expected a name, got {self.solver!r}")
