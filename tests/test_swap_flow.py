@@ -73,8 +73,8 @@ def test_the_objects_own_solver_is_found():
 
 
 class OwnDraw(UpstreamFlowAR):
-    def sample_tokens(self, *args, **kwargs):
-        return super().sample_tokens(*args, **kwargs) * 1.01
+    def sample_tokens(self, flow_upper_steps=50, flow_lower_steps=15, guidance=0.9, cfg=1.0, labels=None, progress=False):
+        return super().sample_tokens(flow_upper_steps, flow_lower_steps, guidance, cfg, labels, progress) * 1.01
 
 
 class OwnEncoder(UpstreamFlowAR):
@@ -156,8 +156,8 @@ def adapter_in_place(model):
 
 
 def own_method(model):
-    original = model.unpatchify
-    model.unpatchify = lambda x: original(x)
+    original = model.forward_mae_decoder
+    model.forward_mae_decoder = lambda *args, **kwargs: original(*args, **kwargs)
 
 
 @KINDS

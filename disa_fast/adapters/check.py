@@ -101,8 +101,7 @@ def _put_back(module: nn.Module, snapshot: tuple[dict[str, Any], dict[str, Any],
 
 @contextlib.contextmanager
 def parameters_made_by(module: nn.Module, make: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """make(name, parameter) in the place of each parameter, and floating point buffers in float32 if
-    they are of 16 bits, for as long as the block lasts; what modules share stays shared."""
+    """make(name, parameter) in the place of each parameter, and floating point buffers in float32, for as long as the block lasts; what modules share stays shared."""
     made: dict[int, Tensor] = {}
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
@@ -126,21 +125,20 @@ def parameters_made_by(module: nn.Module, make: Callable[[str, Tensor], Tensor])
 
 
 def in_float32(name: str, parameter: Tensor) -> Tensor:
-    """A parameter of 16 bits in float32, any other as it is."""
-    return parameter.float() if parameter.element_size() < 4 else parameter
+    """A parameter in float32; one that is, as it is."""
+    return parameter.float()
 
 
 _PATTERN = 65521  # a prime: no row of a weight repeats another
 
 
 def random_like(parameter: Tensor, scale: float = 1.0) -> Tensor:
-    """Normal numbers of a spread that keeps activations near 1, times `scale`; the same each time.
-    Float32 unless the parameter is float64. A pattern over and over, which costs no more than a copy."""
+    """Normal numbers, float32, of a spread that keeps activations near 1, times `scale`; the same each
+    time. A pattern over and over, which costs no more than a copy."""
     generator = torch.Generator().manual_seed(SEED + parameter.numel() % 1009)
     pattern = torch.randn(min(_PATTERN, max(1, parameter.numel())), generator=generator)
     spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    pattern = (pattern * spread * scale).to(parameter.device, dtype)
+    pattern = (pattern * spread * scale).to(parameter.device)
     times = -(-parameter.numel() // len(pattern))
     return pattern.repeat(times)[: parameter.numel()].reshape(parameter.shape)
 
@@ -158,7 +156,7 @@ def is_degenerate(module: nn.Module) -> bool:
 # Comparison -------------------------------------------------------------------------------------------------------------
 
 
-class Difference(Exception):
+class DifferenceError(Exception):
     """The object's own numbers and ours differ: by `error`, relative, where `bound` was allowed."""
 
     def __init__(self, error: float, bound: float) -> None:
@@ -170,16 +168,16 @@ def compared(theirs: Tensor, ours: Tensor, truth: Tensor | None = None, least: f
     """(error, bound) of theirs against ours, relative to the truth, ours in float64 if there is one.
 
     The error is the larger of the relative L2 error and the worst element's, relative to the largest.
-    The bound is `least`, or FLOORS times the rounding error of ours. Raises Difference above it.
+    The bound is `least`, or FLOORS times the rounding error of ours. Raises DifferenceError above it.
     """
     if theirs.shape != ours.shape:
-        raise Difference(float("inf"), least)
+        raise DifferenceError(float("inf"), least)
     theirs, ours = theirs.double(), ours.double()
     truth = ours if truth is None else truth.double()
     bound = max(least, FLOORS * relative_error(ours, truth))
     error = relative_error(theirs, truth)
     if not error <= bound:
-        raise Difference(error, bound)
+        raise DifferenceError(error, bound)
     return error, bound
 
 
@@ -196,7 +194,7 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return max(l2, worst)
 
 
-def refuse(what: str, difference: Difference, why: str, served: str) -> UnsupportedError:
+def refuse(what: str, difference: DifferenceError, why: str, served: str) -> UnsupportedError:
     """What `accelerate` says of an object that is not what it looks like."""
     return UnsupportedError(
         f"model: {what}: relative difference {difference.error:.2g}, where rounding explains {difference.bound:.2g}; {why}. "

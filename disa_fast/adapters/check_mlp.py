@@ -21,7 +21,7 @@ from .check import (
     HALF_BOUND,
     LEAST_BOUND,
     SEED,
-    Difference,
+    DifferenceError,
     compared,
     in_float32,
     is_degenerate,
@@ -95,8 +95,7 @@ def prove(
     that of the backend against plain PyTorch, and "solver", what the object's own `sample` does.
 
     others: values of other arguments of the object's `sample`. Weights are those of the object, in
-    float32 where they are of 16 bits, and random ones for the network, where the object's may not
-    tell one function from another. Raises UnsupportedError, with the errors, where they differ.
+    float32, and random ones for the network, where the object's may not tell one function from another. Raises UnsupportedError, with the errors, where they differ.
     """
     found = Found()
     with parameters_made_by(net, _small):
@@ -141,7 +140,7 @@ def _check_network(net: nn.Module, found: Found, weights: str) -> None:
         theirs = torch.full_like(ours, torch.nan)
     try:
         found.add("network", *compared(theirs, ours, truth))
-    except Difference as difference:
+    except DifferenceError as difference:
         raise refuse(
             f"its network computes something else than the parameters' names say ({ROWS} rows, {weights})",
             difference,
@@ -202,7 +201,7 @@ def _check_draws(
         ours, truth = _our_draws(head, rows, table, _scale(own, cfg))
         try:
             found.add(name, *compared(theirs[: len(ours)], ours, truth))
-        except Difference as difference:
+        except DifferenceError as difference:
             raise refuse(
                 f"its own diffloss.sample draws other tokens than ours ({name}, {len(table)} steps, cfg = {cfg:g}, "
                 f"temperature = {TEMPERATURE}" + (f", step {k} of {K}" if own.is_told else "") + ")",
@@ -309,7 +308,7 @@ def _backend_error(net: nn.Module, own: Own, solver: str, backend: str, dtype: t
         ours, plain, truth = draw(chosen, dtype), draw("reference", dtype), draw("reference", torch.float64)
     try:
         return compared(ours, plain, truth, HALF_BOUND.get(dtype, LEAST_BOUND))[0]
-    except Difference as difference:
+    except DifferenceError as difference:
         raise UnsupportedError(
             f"backend: {chosen!r} in {dtype} is off by {difference.error:.2g} on two rows of this head, where at most "
             f"{difference.bound:.2g} is allowed; take another backend, and please report this"

@@ -123,9 +123,7 @@ class AcceleratedFlow(Accelerated):
             candidates = [self.own_solver, *(name for name in FLOW_NAMES if name != self.own_solver)]
             try:
                 with check_.as_it_was(self._model):
-                    found = check_flow.prove(
-                        self._model, self._their_image, lambda *args: self._our_image(backend, *args), candidates, guidance=2.4
-                    )
+                    found = check_flow.prove(self._model, self._their_image, self._our_image, candidates, backend, guidance=2.4)
             finally:
                 self._share()
             check_.remember(self._model, key, found)
