@@ -48,7 +48,7 @@ class TokenWatch:
 def of_temperature(table: StepTable, temperature: float | Tensor) -> str | None:
     """What there is to say of a temperature: that a solver without noise does not use it."""
     temperature = scalar("temperature", temperature)
-    if table.noisy.any() or temperature == 1.0:
+    if table.noisy.any() or temperature == 1.0 or temperature < 0:  # which is refused later
         return None
     return f"temperature: {table.solver} adds no noise, so that temperature = {temperature:g} has no effect"
 

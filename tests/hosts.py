@@ -1,7 +1,7 @@
 """Model objects that look like MAR and sample otherwise: the diffusion families of the field, written from their papers.
 
-A process is ancestral or DDIM sampling (arXiv 2006.11239, 2010.02502, 2102.09672) over some timesteps of some betas, with the attributes
-by which guided-diffusion's descendants show what they are.
+A process is ancestral or DDIM sampling (arXiv 2006.11239, 2010.02502, 2102.09672) over some timesteps of some betas, with the
+attributes by which guided-diffusion's descendants show what they are.
 """
 
 import enum

@@ -226,7 +226,7 @@ def test_unreadable_annealing_is_refused_not_guessed(annealed):
     annealed.diffloss.gen_diffusion = [object()]
     with pytest.raises(UnsupportedError, match=r"its step counts cannot be read from diffloss\.gen_diffusion; pass schedule="):
         accelerate(annealed)
-    with pytest.raises(UnsupportedError, match="cannot be read .*check=False"):
+    with pytest.raises(UnsupportedError, match=r"cannot be read .*check=False"):
         accelerate(annealed, schedule="linear:9-3")
     assert accelerate(annealed, schedule="linear:9-3", check=False).report()["schedule"] == Linear(9, 3)
     annealed.diffloss.gen_diffusion = list(range(3, 13))

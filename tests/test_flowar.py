@@ -204,6 +204,7 @@ def test_every_schedule(model, schedule):
     assert tokens.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:temperature:UserWarning")
 @pytest.mark.parametrize("solver", ["euler", "euler_maruyama", functools.partial(solvers.flow_euler, grid="uniform")])
 @pytest.mark.parametrize("cfg", [0.5, 1.0, 2.4])
 def test_hoisted_draws_what_reference_does(exact, solver, cfg):

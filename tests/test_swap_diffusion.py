@@ -1,4 +1,4 @@
-"""accelerate reads the diffusion of the object that it takes over, serves what tables express, and proves it; the rest it refuses."""
+"""accelerate reads the diffusion of an object, serves what tables express, and proves it; the rest it refuses."""
 
 import copy
 
@@ -80,7 +80,7 @@ def test_annealing_is_counted_in_the_objects_base_steps(base, clip):
 def test_annealing_needs_all_betas():
     options = {"betas": np.sort(np.random.default_rng(0).uniform(1e-4, 0.03, 1000)), "shows_training": False}
     with pytest.raises(
-        UnsupportedError, match="the 12 timesteps of its own sampling alone.* schedule='constant:12' with clip=None"
+        UnsupportedError, match=r"the 12 timesteps of its own sampling alone.* schedule='constant:12' with clip=None"
     ):
         accelerate(host(**options), schedule="constant:9")
 
@@ -354,7 +354,7 @@ def test_a_failing_check_leaves_it_as_before():
 
     model = host(Failing)
     state = torch.get_rng_state()
-    with pytest.raises(UnsupportedError, match="its own diffloss.sample fails on two rows .*RuntimeError: no guidance today"):
+    with pytest.raises(UnsupportedError, match=r"its own diffloss.sample fails on two rows .*RuntimeError: no guidance today"):
         accelerate(model, **OWN)
     assert (model.diffloss.calls, model.diffloss.seen) == (0, [])
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""accelerate on FlowAR- and xAR-shaped objects: proven on one image in few steps, followed, and refused where it is something else."""
+"""accelerate on FlowAR- and xAR-shaped objects: proven on one image in few steps, followed, else refused."""
 
 import copy
 import functools

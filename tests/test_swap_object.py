@@ -354,7 +354,7 @@ def test_other_arguments_at_their_defaults():
     torch.manual_seed(1)
     assert_same(model.diffloss.sample(z, 1.0, 3.0, text_latents=None)[:2], before[:2])
     with pytest.raises(
-        UnsupportedError, match="text_latents: diffloss.sample is served with this argument at its default, got Tensor"
+        UnsupportedError, match=r"text_latents: diffloss.sample is served with this argument at its default, got Tensor"
     ):
         model.diffloss.sample(z, 1.0, 3.0, text_latents=torch.ones(3))
     with pytest.raises(UnsupportedError, match="draws other tokens than ours"):

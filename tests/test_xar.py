@@ -248,6 +248,7 @@ def test_every_schedule(model, schedule, solver):
     assert tokens.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:temperature:UserWarning")
 @pytest.mark.parametrize("clusters", [1, 4, 16])
 @pytest.mark.parametrize("solver", ["euler", "euler_maruyama", functools.partial(solvers.flow_euler, grid="flowar")])
 def test_hoisted_draws_what_reference_does(solver, clusters):

@@ -101,7 +101,8 @@ def _put_back(module: nn.Module, snapshot: tuple[dict[str, Any], dict[str, Any],
 
 @contextlib.contextmanager
 def parameters_made_by(module: nn.Module, make: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """make(name, parameter) in the place of each parameter, and floating point buffers in float32, for as long as the block lasts; what modules share stays shared."""
+    """make(name, parameter) in the place of each parameter, and floating point buffers in float32, for
+    as long as the block lasts; what modules share stays shared."""
     made: dict[int, Tensor] = {}
     changed: list[tuple[dict[str, Any], str, Tensor]] = []
     try:

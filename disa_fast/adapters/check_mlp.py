@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,8 @@ def prove(
     that of the backend against plain PyTorch, and "solver", what the object's own `sample` does.
 
     others: values of other arguments of the object's `sample`. Weights are those of the object, in
-    float32, and random ones for the network, where the object's may not tell one function from another. Raises UnsupportedError, with the errors, where they differ.
+    float32, and for the network random ones too, since the object's may not tell one function from
+    another. Raises UnsupportedError, with the errors, where they differ.
     """
     found = Found()
     with parameters_made_by(net, _small):
@@ -267,8 +268,8 @@ def _their_draw(diffloss: Any, z: Tensor, cfg: float, told: Mapping[str, int], o
         drawn = diffloss.sample(z=z, temperature=TEMPERATURE, cfg=cfg, **told, **others)
     except Exception as error:
         raise UnsupportedError(
-            f"model: its own diffloss.sample fails on two rows (z {list(z.shape)}, cfg = {cfg:g}): {type(error).__name__}: {error}; "
-            "nothing is proven then. Pass check=False to accelerate it all the same"
+            f"model: its own diffloss.sample fails on two rows (z {list(z.shape)}, cfg = {cfg:g}): {type(error).__name__}: "
+            f"{error}; nothing is proven then. Pass check=False to accelerate it all the same"
         ) from error
     return drawn if isinstance(drawn, Tensor) else torch.full((len(z), 1), torch.nan)
 
@@ -302,10 +303,10 @@ def _backend_error(net: nn.Module, own: Own, solver: str, backend: str, dtype: t
         chosen = backends.choose(backend, head.spec, dtype, head.device, rows=2 * ROWS)
         torch.manual_seed(SEED)
         noise, step_noise = draw_noise(table, len(z), head.spec.in_channels, True, *draws_of(None, z.device), torch.float32)
-        draw: Callable[..., Tensor] = lambda name, dtype: head.denoise(
-            z, table, 3.0, TEMPERATURE, noise, step_noise, backend=name, dtype=dtype
-        )[:ROWS]
-        ours, plain, truth = draw(chosen, dtype), draw("reference", dtype), draw("reference", torch.float64)
+        ours, plain, truth = (
+            head.denoise(z, table, 3.0, TEMPERATURE, noise, step_noise, backend=name, dtype=each)[:ROWS]
+            for name, each in ((chosen, dtype), ("reference", dtype), ("reference", torch.float64))
+        )
     try:
         return compared(ours, plain, truth, HALF_BOUND.get(dtype, LEAST_BOUND))[0]
     except DifferenceError as difference:

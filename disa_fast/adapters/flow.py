@@ -160,8 +160,8 @@ class AcceleratedFlow(Accelerated):
         for name, tensor in named_tensors(model).items():
             if not is_plain(tensor):
                 raise UnsupportedError(
-                    f"model: {name}: expected a plain tensor, got {type(tensor).__name__}, which has operators of its own; accelerate "
-                    "the model before it is quantised or sharded, or dequantise it"
+                    f"model: {name}: expected a plain tensor, got {type(tensor).__name__}, which has operators of its own; "
+                    "accelerate the model before it is quantised or sharded, or dequantise it"
                 )
             if tensor.is_meta:
                 raise UnsupportedError(f"model: {name} is on meta, without data, as offloading leaves it; load or move it first")

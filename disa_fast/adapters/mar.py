@@ -69,8 +69,8 @@ class AcceleratedMAR(Accelerated):
         unknown = [name for name in required(self._sample_signature) if name not in OF_SAMPLE + TOLD]
         if unknown:
             raise UnsupportedError(
-                f"model: {at}.sample requires {', '.join(unknown)}, of which nothing is known here; served are z, temperature, cfg, "
-                "step, ar_num_iter, and others at their defaults"
+                f"model: {at}.sample requires {', '.join(unknown)}, of which nothing is known here; served are z, temperature, "
+                "cfg, step, ar_num_iter, and others at their defaults"
             )
         self._told_the_step = set(TOLD) <= accepted.keys()
         self._loop_signature = None
@@ -186,8 +186,8 @@ class AcceleratedMAR(Accelerated):
             hooked = check_.hooked(self._diffloss.net)
             if hooked:
                 self._say_once(
-                    f"model: hooks and replaced methods of {self.diffloss_at}.net ({', '.join(hooked[:4])}) are not called while it "
-                    "is accelerated; they do not change its output"
+                    f"model: hooks and replaced methods of {self.diffloss_at}.net ({', '.join(hooked[:4])}) are not called while "
+                    "it is accelerated; they do not change its output"
                 )
         return found
 
@@ -322,7 +322,8 @@ class AcceleratedMAR(Accelerated):
         num_iter = arguments_of(self._loop_signature, args, kwargs).get("num_iter")
         if num_iter is None and not isinstance(self.schedule, Constant):
             raise UnsupportedError(
-                f"num_iter: expected a number, since {self.schedule} depends on it, got None; or accelerate with schedule='constant:N'"
+                f"num_iter: expected a number, since {self.schedule} depends on it, got None; or accelerate with "
+                "schedule='constant:N'"
             )
         outermost = self._loops.innermost() is None
         result = self._loops.run(Loop(num_iter), self._original_loop, args, kwargs)
@@ -352,8 +353,8 @@ class Tables:
         if self._process is not None and np.isnan(self._process.alphas_cumprod).any():
             known = int(np.isfinite(self._process.alphas_cumprod).sum())
             raise UnsupportedError(
-                f"schedule: the model shows its betas at the {known} timesteps of its own sampling alone, so that nothing is known of "
-                f"{steps} steps; served is schedule='constant:{known}' with clip=None"
+                f"schedule: the model shows its betas at the {known} timesteps of its own sampling alone, so that nothing is known "
+                f"of {steps} steps; served is schedule='constant:{known}' with clip=None"
             )
         return self._resolved(steps)
 
@@ -376,7 +377,8 @@ def own_settings(diffloss: Any, is_told: bool) -> tuple[Own, Annealed | None]:
         chain = read_chain(entries)
         if chain is None:
             raise UnsupportedError(
-                f"model: expected a diffusion with timestep_map or betas in diffloss.gen_diffusion, got {type(entries).__name__}; {SERVED}"
+                "model: expected a diffusion with timestep_map or betas in diffloss.gen_diffusion, got "
+                f"{type(entries).__name__}; {SERVED}"
             )
         return Own("ddpm", [chain], process_of(chain, trained_with), None, is_told), None
     makers: dict[str, Callable[[int, int], Schedule]] = {
@@ -403,8 +405,8 @@ def own_settings(diffloss: Any, is_told: bool) -> tuple[Own, Annealed | None]:
 def _annealed_counts(
     entries: object, solver: str, trained_with: Chain | None
 ) -> tuple[int, int, int | str | None, list[Any], Diffusion | None] | None:
-    """(early, late, clip, chains, process): one entry of gen_diffusion for each count from late to early, either the count itself or
-    a respaced diffusion, whose timesteps must be exactly those of our own grid."""
+    """(early, late, clip, chains, process) of a gen_diffusion with an entry for each count from late to early: the count itself, or
+    a respaced diffusion, whose timesteps must be exactly those of our own grid. None if it has no such entries."""
     if not isinstance(entries, list) or not entries:
         return None
     if all(isinstance(entry, int) for entry in entries):

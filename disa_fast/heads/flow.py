@@ -116,7 +116,7 @@ def check_table(table: StepTable) -> None:
         raise ValueError(f"table: expected a StepTable such as disa_fast.solvers.flow_euler(25), got {table!r}")
     if table.l1.any() or table.output == "noise":
         raise ValueError(
-            "table: expected one of a flow solver, whose network predicts a velocity and no variance, such as "
+            "table: expected one of a flow solver, whose network predicts no variance but a velocity, such as "
             f"disa_fast.solvers.flow_euler(25), got {table!r}"
         )
 
