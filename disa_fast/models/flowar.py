@@ -182,7 +182,7 @@ class FlowAR(Backbone):
         backend: of flow head and backbone, see FlowTransformerHead.denoise.
 
         Returns [B, vae_embed_dim, H, W] latents, float32, or float64 of a float64 model. ValueError for arguments that do not
-        fit. torch.autocast is not consulted.
+        fit. torch.autocast is not consulted, and torch.compile leaves all of this as it is.
         """
         labels, K, cfg = batch_labels(self, labels, bsz), len(self.scale), scalar("cfg", cfg)
         check_flag("progress", progress)

@@ -176,8 +176,8 @@ class XAR(Backbone):
         backend: see FlowTransformerHead.denoise.
 
         Returns [B, vae_embed_dim, H, W] latents, float32, or float64 of a float64 model. ValueError for arguments that do not
-        fit. torch.autocast is not consulted. One step for a cell works, and two are two (upstream fails with one step, and with two
-        in a cell between first and last).
+        fit. torch.autocast is not consulted, and torch.compile leaves all of this as it is. One step for a cell works, and
+        two are two (upstream fails with one step, and with two in a cell between first and last).
         """
         labels, K = batch_labels(self, labels, bsz), self.clusters
         check_flag("progress", progress)
