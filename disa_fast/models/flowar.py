@@ -210,7 +210,7 @@ class FlowAR(Backbone):
         dtype: of the products of flow head and backbone, see FlowTransformerHead.denoise; the parameters' own if None.
 
         Returns [B, vae_embed_dim, H, W] latents, float64 if dtype is, else float32. ValueError for arguments that do not fit.
-        torch.autocast is not consulted.
+        torch.autocast is not consulted, and torch.compile leaves all of this as it is.
         """
         own = self.encoder_norm.weight.dtype
         dtype = own if dtype is None else dtype

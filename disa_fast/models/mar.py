@@ -292,7 +292,7 @@ class MAR(nn.Module):
             the token at position p of image i draws from stream i * seq_len + p, whenever and beside whatever it is drawn.
 
         Returns [B, vae_embed_dim, H, W] latents. Raises ValueError for arguments that do not fit, among them more
-        iterations than tokens.
+        iterations than tokens. torch.compile compiles the backbone, and leaves the rest as it is.
         """
         batch, cfg = self._batch_size(labels, orders, bsz), scalar("cfg", cfg)
         guided = cfg != 1.0

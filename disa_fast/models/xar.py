@@ -180,8 +180,8 @@ class XAR(Backbone):
             FlowTransformerHead.denoise.
 
         Returns [B, vae_embed_dim, H, W] latents, float64 if dtype is, else float32. ValueError for arguments that do not fit.
-        torch.autocast is not consulted. One step for a cell works, and two are two (upstream fails with one step, and with two in
-        a cell between first and last).
+        torch.autocast is not consulted, and torch.compile leaves all of this as it is. One step for a cell works, and two are two
+        (upstream fails with one step, and with two in a cell between first and last).
         """
         dtype = self.head.dtype if dtype is None else dtype
         check_dtype(dtype)
