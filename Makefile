@@ -9,13 +9,17 @@ NATIVE := CMakeLists.txt $(shell find csrc -type f)
 SOURCES := pyproject.toml setup.py constraints.txt $(NATIVE) $(shell find disa_fast kernels -type f -not -path '*/__pycache__/*')
 CXX_FILES := $(shell find bench csrc kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format sanitize kernels bench bench-baseline bench-check bench-quick bench-proof bench-report soak fuzz gpu-report wheel clean
+.PHONY: demo test test-slow lint format sanitize kernels bench bench-baseline bench-check bench-quick bench-proof bench-report soak fuzz gpu-report wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/disa-fast demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# What takes long and fails seldom, such as what inductor compiles: CI runs it, make test does not.
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

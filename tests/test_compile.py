@@ -28,7 +28,9 @@ PATH = os.pathsep.join(map(str, (Path(disa_fast.__file__).parent.parent, ROOT / 
 # Each takes seconds, and shows nothing that those beside it do not.
 LEFT_OUT = {"MarCounted-inductor", "MarPeerCompiledBefore-inductor", "HarmonPeer-eager", "HarmonPeerCounted-inductor"}
 CALLS = [f"{name}-{backend}" for name in compiled.CASES for backend in ("eager", "inductor")]
-CALLS = [call for call in CALLS if call not in LEFT_OUT]
+CALLS = [
+    pytest.param(call, marks=[pytest.mark.slow] if call.endswith("inductor") else []) for call in CALLS if call not in LEFT_OUT
+]
 
 
 @pytest.fixture(scope="module")
