@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 import torch
 
 from . import solvers
-from .checkpoint import build, read_config
+from .checkpoint import build, read_config, read_state_dict
+from .infer import NOTHING, Given, NotTold, infer, published_size
 from .models import MAR, XAR, FlowAR, Harmon, flowar, harmon, mar, xar
 from .models.flowar import SIZES as FLOWAR_SIZES
 from .models.harmon import SIZES as HARMON_SIZES
@@ -20,6 +23,7 @@ from .models.xar import SIZES as XAR_SIZES
 from .schedule import Schedule, as_schedule, steps_at
 from .solvers import DEFAULT_CLIP, Solver
 
+CUSTOM = "custom"  # size of a checkpoint whose names and shapes tell how it is built
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 
 
@@ -157,53 +161,110 @@ def load_model(
     system: str = "mar",
     tokenizer: Path | None = None,
     dtype: torch.dtype | None = None,
+    num_heads: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    check: Callable[[Model], None] | None = None,
 ) -> Model:
-    """The demo's model of `system`, or the one of `checkpoint`: built from the file's own metadata, else as the published `size`.
+    """The demo's model of `system`, or the one of `checkpoint`: built from the file's own metadata, else as the published `size`,
+    else, with None or CUSTOM, as names and shapes tell (see `infer`).
 
     system: a key of SYSTEMS. tokenizer: a tokenizer.json, which a Harmon needs to read prompts; by default the demo's, or the file
-    of that name beside the checkpoint, if there is one. dtype: of the weights; by default as published, else float32. Raises
-    FileNotFoundError, or ValueError where system, size and the file do not fit; nothing is allocated before that is known.
+    of that name beside the checkpoint, if there is one. dtype: of the weights; by default as published, else float32. num_heads,
+    patch_size: of a custom size, where shapes do not tell. check: called with the model on meta, before anything is allocated.
+
+    Raises FileNotFoundError, or ValueError where system, size and the file do not fit, and for a file of a published size with
+    None; nothing is allocated before that is known.
     """
     if system not in SYSTEMS:
         raise ValueError(f"system: expected one of {list(SYSTEMS)}, got {system!r}")
-    make, sizes = SYSTEMS[system].make, SYSTEMS[system].sizes
     if tokenizer is not None and system != "harmon":
         raise ValueError(f"tokenizer: only Harmon takes one, got {tokenizer} for system {system!r}")
     if checkpoint is None:
-        checkpoint = DEMO_WEIGHTS / f"{system}_fashion_mnist.safetensors"
-        tokenizer = tokenizer or checkpoint.with_suffix(".tokenizer.json")
-    config = read_config(checkpoint)
-    if config is None:
-        if size not in sizes:
-            raise ValueError(
-                f"size: {checkpoint} does not say how it is built; expected one of {', '.join(sizes)} for {system}, got {size!r}"
-            )
-        arguments = {"size": size}
-        dtype = dtype or SYSTEMS[system].dtype
-    else:
+        checkpoint = demo_checkpoint(system)
+    make = SYSTEMS[system].make
+    look = f"`disa-fast inspect {shlex.quote(str(checkpoint))}` says what it is"
+    arguments, published = _arguments(checkpoint, size, ema, system, Given(num_heads, patch_size), look)
+    dtype = dtype or (SYSTEMS[system].dtype if published else torch.float32)
+    read = _tokenizer(tokenizer, checkpoint) if system == "harmon" else None
+
+    def check_with_tokenizer(model: Model) -> None:
+        if isinstance(model, Harmon):
+            model.tokenizer = read
+        if check is not None:
+            check(model)
+
+    try:
+        return build(lambda: make(**arguments), checkpoint, ema, dtype, check_with_tokenizer).eval()
+    except ValueError as error:
+        if not str(error).startswith(f"{checkpoint}: "):
+            raise
+        raise ValueError(f"{error}; {look}") from error
+
+
+def demo_checkpoint(system: str) -> Path:
+    """The file of the model that the demo draws with."""
+    return DEMO_WEIGHTS / f"{system}_fashion_mnist.safetensors"
+
+
+def _arguments(
+    checkpoint: Path, size: str | None, ema: bool, system: str, given: Given, look: str
+) -> tuple[dict[str, Any], bool]:
+    """The constructor's, and whether they are not the file's own, as `load_model` has it. look: where to learn more."""
+    sizes, config = SYSTEMS[system].sizes, read_config(checkpoint)
+    if config is not None:
         name, arguments = config
         if name != system:
             raise ValueError(f"system: {checkpoint} says that it holds {name!r}, got {system!r}")
         if size is not None:
             raise ValueError(f"size: {checkpoint} says itself how it is built, got {size!r}")
-    read = _tokenizer(tokenizer, checkpoint) if system == "harmon" else None
-    model = build(lambda: make(**arguments), checkpoint, ema, dtype or torch.float32)
-    if isinstance(model, Harmon):
-        model.tokenizer = read
-    return model.eval()
+        if given != NOTHING:
+            raise ValueError(f"num_heads, patch_size: {checkpoint} says itself how it is built, got {given}")
+        return arguments, False
+    if size in sizes:
+        if given != NOTHING:
+            raise ValueError(f"num_heads, patch_size: size {size!r} has its own; expected them with size {CUSTOM!r} or none, got {given}")
+        return {"size": size}, True
+    unsaid = f"size: {checkpoint} does not say how it is built; expected one of {', '.join(sizes)} for {system}, got {size!r}"
+    if size not in (None, CUSTOM):
+        raise ValueError(f"{unsaid}; or {CUSTOM}, for a size that names and shapes tell")
+    given = dataclasses.replace(given, config=config_beside(checkpoint))
+    try:
+        inferred = infer(system, read_state_dict(checkpoint, ema), given)
+    except NotTold as error:
+        raise ValueError(f"{unsaid}; and its names and shapes are of no {system} of another size: {error}; {look}") from error
+    published = published_size(system, inferred, sizes)
+    if published is not None and size is None:
+        raise ValueError(f"{unsaid}; by its names and shapes it is {published}")
+    if inferred.open:
+        raise ValueError(f"size: {checkpoint} is of a custom size ({inferred}); to be given as well: {'; '.join(inferred.open)}")
+    return dict(inferred.arguments), True
+
+
+def config_beside(checkpoint: str | Path) -> Path | None:
+    """The config.json beside a checkpoint, if there is one."""
+    path = Path(checkpoint).with_name("config.json")
+    return path if path.is_file() else None
 
 
 def _tokenizer(path: Path | None, checkpoint: Path) -> Any:
-    """The tokenizers.Tokenizer of a file; of the one beside `checkpoint` if None; None if there is none."""
+    """The tokenizers.Tokenizer of a file, see `tokenizer_file`; None if there is none."""
     from tokenizers import Tokenizer
 
+    path = tokenizer_file(path, checkpoint)
     if path is None:
-        path = Path(checkpoint).with_name("tokenizer.json")
-        if not path.is_file():
-            return None
-    elif not path.is_file():
-        raise FileNotFoundError(f"{path}: no such tokenizer")
+        return None
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path}: cannot be read as a tokenizer.json: {error}") from error
+
+
+def tokenizer_file(path: Path | None, checkpoint: Path) -> Path | None:
+    """`path` itself; if None the tokenizer.json that belongs to `checkpoint`, if there is one. FileNotFoundError for no file."""
+    if path is None:
+        of_demo = Path(checkpoint).parent == DEMO_WEIGHTS
+        path = Path(checkpoint).with_suffix(".tokenizer.json") if of_demo else Path(checkpoint).with_name("tokenizer.json")
+        return path if path.is_file() else None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such tokenizer")
+    return path
