@@ -63,14 +63,20 @@ NOTHING = Given()
 @dataclass(frozen=True)
 class Inferred:
     """arguments: of the system's constructor. assumed: what of them shapes do not tell, and why it is so. open: what has to be
-    given, in words; `arguments` then hold something of the right shapes in its place."""
+    given, in words; of the arguments that it decides, `unknown` by name, `arguments` then hold some of the right shapes."""
 
     arguments: Mapping[str, Any]
     assumed: Sequence[str] = ()
     open: Sequence[str] = ()
+    unknown: Sequence[str] = ()
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+        return ", ".join(f"{name}={self._shown(name, value)}" for name, value in self.arguments.items())
+
+    def _shown(self, name: str, value: object) -> str:
+        if isinstance(value, Mapping):
+            return f"({', '.join(f'{key}={self._shown(key, one)}' for key, one in value.items())})"
+        return "?" if name in self.unknown else str(value)
 
 
 def infer(system: str, state: Mapping[str, Tensor], given: Given = NOTHING) -> Inferred:
@@ -81,7 +87,7 @@ def infer(system: str, state: Mapping[str, Tensor], given: Given = NOTHING) -> I
     """
     found = _Found(state, given)
     arguments = {"mar": _mar, "flowar": _flowar, "xar": _xar, "harmon": _harmon}[system](found)
-    return Inferred(arguments, found.assumed, found.open)
+    return Inferred(arguments, found.assumed, found.open, found.unknown)
 
 
 def published_size(system: str, inferred: Inferred, sizes: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -107,11 +113,12 @@ class _Found:
         self.state, self.given = state, given
         self.assumed: list[str] = []
         self.open: list[str] = []
+        self.unknown: list[str] = []
 
     def under(self, prefix: str) -> _Found:
         """Its part whose names begin so. What that finds is found here."""
         part = _Found({n.removeprefix(prefix): t for n, t in self.state.items() if n.startswith(prefix)}, self.given)
-        part.assumed, part.open = self.assumed, self.open
+        part.assumed, part.open, part.unknown = self.assumed, self.open, self.unknown
         return part
 
     def shape(self, name: str, dims: int) -> tuple[int, ...]:
@@ -146,6 +153,7 @@ def _tokens(found: _Found, side: int, channels: int) -> dict[str, int]:
             )
         else:
             found.open.append(f"--patch-size, since tokens of {channels} numbers may be of any")
+            found.unknown += ["patch_size", "vae_embed_dim", "img_size", "vae_stride"]
     elif channels % patch**2:
         raise NotTold(f"patch_size: expected one whose square divides the {channels} numbers of a token, got {patch}")
     vae_embed_dim = channels // patch**2
@@ -198,6 +206,7 @@ def _mar_heads(found: _Found, sizes: Mapping[str, Mapping[str, Any]], *widths: i
         found.open.append(
             f"--num-heads, since shapes do not tell it and no published model is {' or '.join(map(str, unknown))} channels wide"
         )
+        found.unknown += names
         return dict.fromkeys(names, 1)
     heads = {name: published[width] for name, width in zip(names, widths, strict=True)}
     told = ", ".join(f"{name}={count}" for name, count in heads.items())
@@ -284,6 +293,7 @@ def _llm(found: _Found) -> dict[str, Any]:
     found.open.append(
         "a config.json of the language model beside the checkpoint, as transformers writes it: shapes do not tell its heads"
     )
+    found.unknown += ["num_attention_heads", "num_key_value_heads", "head_dim"]
     shared = math.gcd(queries, keys)
     return told | {"num_attention_heads": queries // shared, "num_key_value_heads": keys // shared, "head_dim": shared}
 
