@@ -40,7 +40,7 @@ def read(path: str | Path) -> object:
     """What a file holds, tensors mapped where they can be: of safetensors a dict of tensors, of torch.save what was saved, of which
     nothing is built but tensors, containers, numbers, texts, argparse.Namespace, scalars of NumPy, and paths as pure ones.
 
-    Raises FileNotFoundError, and ValueError for a file of another kind, a damaged one, and one that holds other classes, naming them.
+    Raises FileNotFoundError, and ValueError for a file of another kind, a damaged one, and one that holds other classes, by name.
     """
     path = existing(path)
     kind = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends
 from .checkpoint import on_meta, read_config, read_weights, used
 from .contents import listed, not_finite
-from .infer import NOTHING, Given, Inferred, NotTold, infer
+from .infer import NOTHING, Given, Inferred, NotToldError, infer
 from .systems import CUSTOM, SYSTEMS, Model, config_beside
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ class Found:
 
 
 def identify(path: str | Path, ema: bool = True, given: Given = NOTHING) -> Found:
-    """What the checkpoint at `path` is; of a training checkpoint, those weights that `ema` picks (see read_state_dict). Reads it once
-    from end to end. given: what shapes do not tell of a custom size.
+    """What the checkpoint at `path` is; of a training checkpoint, those weights that `ema` picks (see read_state_dict). Reads it from
+    end to end. given: what shapes do not tell of a custom size.
 
     Raises FileNotFoundError, ValueError for a file that cannot be read, ModuleNotFoundError for a Harmon without transformers.
     """
@@ -90,8 +90,8 @@ def identify(path: str | Path, ema: bool = True, given: Given = NOTHING) -> Foun
 
 
 def recognize(state: Mapping[str, Tensor], given: Given = NOTHING, path: str | Path = "") -> Found:
-    """What a state dict is, whose tensors may be on meta: of the system that most names tell of, in its nearest published size, or in
-    the custom one that it fits."""
+    """What a state dict is, whose tensors may be on meta: of the system that most names tell of, in its nearest published size, or
+    in the custom one that it fits."""
     told = {system: sum(name.startswith(begin) for name in state) for system, begin in TELLTALES.items()}
     system = max(told, key=told.__getitem__)
     if system is None or not told[system]:
@@ -117,7 +117,7 @@ def _custom(state: Mapping[str, Tensor], system: str, given: Given, path: str | 
         model = on_meta(lambda: SYSTEMS[system].make(**inferred.arguments), path, state, described=True)
     except ModuleNotFoundError:
         raise
-    except NotTold:
+    except NotToldError:
         return None
     except ValueError:
         if given != Given(config=given.config):  # what the user gave may be what does not fit

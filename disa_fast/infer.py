@@ -34,7 +34,7 @@ _OF_LLM = (
 )  # fmt: skip
 
 
-class NotTold(ValueError):
+class NotToldError(ValueError):
     """The names and shapes are not those of a model of the system."""
 
 
@@ -50,7 +50,7 @@ class Given:
     def __post_init__(self) -> None:
         heads = self.num_heads if isinstance(self.num_heads, tuple | list) else (self.num_heads,) * 2
         if len(heads) != 2:
-            raise ValueError(f"num_heads: expected a number, or one for the encoder and one for the decoder, got {self.num_heads!r}")
+            raise ValueError(f"num_heads: expected a number, or the encoder's and the decoder's, got {self.num_heads!r}")
         if self.num_heads is not None:
             object.__setattr__(self, "num_heads", tuple(whole("num_heads", number) for number in heads))
         if self.patch_size is not None:
@@ -83,7 +83,7 @@ def infer(system: str, state: Mapping[str, Tensor], given: Given = NOTHING) -> I
     """Of a model of `system` whose names and shapes `state` has, if there is one; that there is, only its making can prove.
 
     FlowAR's scales and xAR's cells are read off the mask that checkpoints hold, and are the published ones where `state` is on
-    meta. Raises NotTold where names that tell a size are missing, or no size fits.
+    meta. Raises NotToldError where names that tell a size are missing, or no size fits.
     """
     found = _Found(state, given)
     arguments = {"mar": _mar, "flowar": _flowar, "xar": _xar, "harmon": _harmon}[system](found)
@@ -123,21 +123,21 @@ class _Found:
 
     def shape(self, name: str, dims: int) -> tuple[int, ...]:
         if name not in self.state or self.state[name].ndim != dims or not self.state[name].numel():
-            raise NotTold(f"{name}: expected a tensor of {dims} dimensions")
+            raise NotToldError(f"{name}: expected a tensor of {dims} dimensions")
         return tuple(self.state[name].shape)
 
     def blocks(self, prefix: str) -> int:
         """How many there are, of names PREFIX.0.*, PREFIX.1.*, ..."""
         numbers = {name.removeprefix(prefix + ".").partition(".")[0] for name in self.state if name.startswith(prefix + ".")}
         if not numbers or not all(str(i) in numbers for i in range(len(numbers))):
-            raise NotTold(f"{prefix}: expected blocks 0, 1, 2, ...")
+            raise NotToldError(f"{prefix}: expected blocks 0, 1, 2, ...")
         return len(numbers)
 
 
 def _square(name: str, count: int) -> int:
     side = math.isqrt(max(0, count))
     if side < 1 or side * side != count:
-        raise NotTold(f"{name}: expected a square number of tokens, got {count}")
+        raise NotToldError(f"{name}: expected a square number of tokens, got {count}")
     return side
 
 
@@ -155,7 +155,7 @@ def _tokens(found: _Found, side: int, channels: int) -> dict[str, int]:
             found.open.append(f"--patch-size, since tokens of {channels} numbers may be of any")
             found.unknown += ["patch_size", "vae_embed_dim", "img_size", "vae_stride"]
     elif channels % patch**2:
-        raise NotTold(f"patch_size: expected one whose square divides the {channels} numbers of a token, got {patch}")
+        raise NotToldError(f"patch_size: expected one whose square divides the {channels} numbers of a token, got {patch}")
     vae_embed_dim = channels // patch**2
     stride = VAE_STRIDE if vae_embed_dim == VAE_CHANNELS else 1
     sizes = {"img_size": side * patch * stride, "patch_size": patch, "vae_embed_dim": vae_embed_dim}
@@ -171,7 +171,7 @@ def _ratio(hidden: Mapping[int, int], units: Callable[[int, float], int]) -> flo
     for ratio in candidates:
         if ratio > 0 and all(units(width, ratio) == count for width, count in hidden.items()):
             return ratio
-    raise NotTold(f"mlp_ratio: no factor gives {hidden}")
+    raise NotToldError(f"mlp_ratio: no factor gives {hidden}")
 
 
 def _mar(found: _Found, sizes: Mapping[str, Mapping[str, Any]] = MAR_SIZES) -> dict[str, Any]:
@@ -221,10 +221,12 @@ def _flow(found: _Found, side: int) -> dict[str, Any]:
     (frequencies,) = found.shape("encoder_blocks.0.attn.rope.freqs", 1)
     hidden = found.shape("encoder_blocks.0.mlp.fc1_g.weight", 2)[0]
     if width % (4 * frequencies):
-        raise NotTold(f"encoder_blocks.0.attn.rope.freqs: {frequencies} frequencies are of no head of {width} channels")
+        raise NotToldError(f"encoder_blocks.0.attn.rope.freqs: {frequencies} frequencies are of no head of {width} channels")
     heads = width // (4 * frequencies)
     if found.given.num_heads not in (None, (heads, heads)):
-        raise ValueError(f"num_heads: expected {heads}, of which the checkpoint's rotary frequencies are, got {found.given.num_heads}")
+        raise ValueError(
+            f"num_heads: expected {heads}, of which the checkpoint's rotary frequencies are, got {found.given.num_heads}"
+        )
     sizes: dict[str, Any] = _tokens(found, side, channels)
     for part in ("encoder", "decoder"):
         sizes |= {f"{part}_embed_dim": width, f"{part}_depth": found.blocks(f"{part}_blocks"), f"{part}_num_heads": heads}
@@ -252,7 +254,7 @@ def _flowar(found: _Found) -> dict[str, Any]:
     parts = _parts(found) or [side * side for side in FLOWAR_SCALES]
     scale = [_square("mask", part) for part in parts]
     if sum(parts) != positions:
-        raise NotTold(f"encoder_pos_embed_learned: expected {sum(parts)} positions, of scales {scale}, got {positions}")
+        raise NotToldError(f"encoder_pos_embed_learned: expected {sum(parts)} positions, of scales {scale}, got {positions}")
     width, _ = found.shape("flownet.input_proj.weight", 2)
     return {
         **_flow(found, scale[-1]),
@@ -288,7 +290,9 @@ def _llm(found: _Found) -> dict[str, Any]:
     for size in HARMON_SIZES.values():
         llm = size["llm"]
         if (llm["hidden_size"], llm["intermediate_size"]) == (hidden, told["intermediate_size"]):
-            found.assumed.append(f"llm: heads and constants as published for {hidden} channels; if otherwise, put a config.json beside it")
+            found.assumed.append(
+                f"llm: heads and constants as published for {hidden} channels; if otherwise, put a config.json beside it"
+            )
             return {**llm, **told}
     found.open.append(
         "a config.json of the language model beside the checkpoint, as transformers writes it: shapes do not tell its heads"

@@ -131,8 +131,8 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, **sizes: Any)
 
     Ignored are parameters named loss.*, those of the discriminator, which training runs of latent diffusion's code keep beside the
     VAE; kl16.ckpt has none. Raises FileNotFoundError, ModuleNotFoundError without diffusers, and ValueError, which names what is
-    missing, unexpected or misshapen as the file does; nothing is allocated before that is known. A UserWarning names tensors that hold
-    NaN or inf.
+    missing, unexpected or misshapen as the file does; nothing is allocated before that is known. A UserWarning
+    names tensors that hold NaN or inf.
     """
     check_dtype(dtype)
     with torch.device("meta"):
