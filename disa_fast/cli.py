@@ -274,10 +274,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
-    if args.checkpoint is None and (args.size, args.num_heads, args.patch_size) != (None, None, None):
-        raise ValueError(
-            "size, num_heads, patch_size: these are of a --checkpoint, and none is given, so that the demo's model draws"
-        )
+    of_checkpoint = [name for name in ("size", "num_heads", "patch_size") if getattr(args, name) is not None]
+    if args.checkpoint is None and of_checkpoint:
+        raise ValueError(f"{', '.join(of_checkpoint)}: expected a --checkpoint beside it; without one the demo's model draws")
     with processes() as shared:
         shared.first(lambda: check_folder(args.out, (RECORD, GRID)))
         device = args.device

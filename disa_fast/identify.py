@@ -71,8 +71,8 @@ class Found:
 
 
 def identify(path: str | Path, ema: bool = True, given: Given = NOTHING) -> Found:
-    """What the checkpoint at `path` is; of a training checkpoint, those weights that `ema` picks (see read_state_dict). Reads it from
-    end to end. given: what shapes do not tell of a custom size.
+    """What the checkpoint at `path` is; of a training checkpoint, those weights that `ema` picks (see read_state_dict). Reads it
+    from end to end. given: what shapes do not tell of a custom size.
 
     Raises FileNotFoundError, ValueError for a file that cannot be read, ModuleNotFoundError for a Harmon without transformers.
     """

@@ -180,8 +180,10 @@ def check_settings(
 
 def _most_at_once(tokens: int, num_iter: int) -> int:
     """Of an image's tokens, those that one iteration draws."""
-    counts = [tokens, *(still_masked_after(k, num_iter, tokens, tokens) for k in range(num_iter - 1)), 0]
-    return max(before - after for before, after in pairwise(counts))
+    left = [tokens]
+    for k in range(num_iter - 1):
+        left.append(still_masked_after(k, num_iter, tokens, left[-1]))
+    return max(before - after for before, after in pairwise([*left, 0]))
 
 
 def image_part(model: Model) -> MAR | FlowAR | XAR:
@@ -209,8 +211,8 @@ def load_model(
     before anything is allocated.
 
     The model has the constructor's arguments in `arguments`, and in `taken_for_granted` what of a custom size no shape tells.
-    Raises FileNotFoundError, or ValueError where system, size and the file do not fit, and for a file of a published size with None;
-    nothing is allocated before that is known.
+    Raises FileNotFoundError, or ValueError where system, size and the file do not fit, and for a file of a published size with
+    None; nothing is allocated before that is known.
     """
     if system not in SYSTEMS:
         raise ValueError(f"system: expected one of {list(SYSTEMS)}, got {system!r}")

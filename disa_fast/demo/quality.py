@@ -98,8 +98,8 @@ def no_distance(labels: Sequence[int]) -> str | None:
     if len(labels) < _FEWEST_IMAGES:
         return f"at least {_FEWEST_IMAGES} images, got {len(labels)}"
     if len(counts) < len(CLASSES):
-        missing = [name for label, name in enumerate(CLASSES) if label not in counts]
-        return f"images of all {len(CLASSES)} classes, as the real ones are, got none of {', '.join(missing)}"
+        there = ", ".join(name for label, name in enumerate(CLASSES) if label in counts)
+        return f"images of all {len(CLASSES)} classes, as the real ones are, got {len(counts)} ({there})"
     if max(counts.values()) > _MOST_UNEVEN * min(counts.values()):
         return f"as many images of each class, as the real ones are, got {min(counts.values())} to {max(counts.values())}"
     return None
