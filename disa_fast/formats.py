@@ -49,7 +49,10 @@ def read(path: str | Path) -> object:
         if kind == SAFETENSORS:
             return safetensors.torch.load_file(path)
         with _plain_data_allowed():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == ARCHIVE)
+            if kind == ARCHIVE and path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:  # by a path PyTorch would go by its suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own ways to fail on a damaged file
         raise ValueError(f"{path}: cannot be read as a checkpoint: {_reason(error, kind, path)}") from error
 
