@@ -152,8 +152,8 @@ def check_run(folder: Path, record: Mapping[str, object], paths: Sequence[Path])
         ]
         if "sha256" in (record.get("checkpoint") or {}) and "sha256" not in (before.get("checkpoint") or {}):
             raise ValueError(
-                f"out: {folder} holds images of an older version, whose {RECORD} does not tell what the weights were, so it cannot "
-                "be known whether they are the same; choose another folder"
+                f"out: {folder} holds the images of another run, or of an older version: its {RECORD} does not tell what the "
+                "weights were, so it cannot be known whether they are the same; choose another folder"
             )
         if differing:
             raise ValueError(f"out: {folder} holds the images of another run ({'; '.join(differing)}); choose another folder")

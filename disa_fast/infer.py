@@ -200,6 +200,9 @@ def _mar_heads(found: _Found, sizes: Mapping[str, Mapping[str, Any]], *widths: i
     published = {size["embed_dim"]: size["num_heads"] for size in sizes.values()}
     names = [f"{part}_num_heads" for part in parts]
     if found.given.num_heads is not None:
+        if any(width % heads for width, heads in zip(widths, found.given.num_heads, strict=True)):
+            expected = " and ".join(map(str, widths))
+            raise ValueError(f"num_heads: expected divisors of the {expected} channels, got {found.given.num_heads}")
         return dict(zip(names, found.given.num_heads, strict=True))
     unknown = sorted({width for width in widths if width not in published})
     if unknown:
@@ -224,9 +227,7 @@ def _flow(found: _Found, side: int) -> dict[str, Any]:
         raise NotToldError(f"encoder_blocks.0.attn.rope.freqs: {frequencies} frequencies are of no head of {width} channels")
     heads = width // (4 * frequencies)
     if found.given.num_heads not in (None, (heads, heads)):
-        raise ValueError(
-            f"num_heads: expected {heads}, of which the checkpoint's rotary frequencies are, got {found.given.num_heads}"
-        )
+        raise ValueError(f"num_heads: expected {heads}, as the rotary frequencies have it, got {found.given.num_heads}")
     sizes: dict[str, Any] = _tokens(found, side, channels)
     for part in ("encoder", "decoder"):
         sizes |= {f"{part}_embed_dim": width, f"{part}_depth": found.blocks(f"{part}_blocks"), f"{part}_num_heads": heads}

@@ -1,4 +1,4 @@
-"""Files of weights are told by what they hold; what else lies beside the weights of a training checkpoint is plain data or refused."""
+"""Files of weights are told by what they hold; what lies beside the weights of a training checkpoint is plain data, or refused."""
 
 import argparse
 import gzip
