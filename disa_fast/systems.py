@@ -261,13 +261,13 @@ def _arguments(
         if size is not None:
             raise ValueError(f"size: {checkpoint} says itself how it is built, got {size!r}")
         if given != NOTHING:
-            raise ValueError(f"num_heads, patch_size: {checkpoint} says itself how it is built, got {given}")
+            raise ValueError(
+                f"num_heads, patch_size: {checkpoint} says itself how it is built, got {given.num_heads}, {given.patch_size}"
+            )
         return arguments, None
     if size in sizes:
         if given != NOTHING:
-            raise ValueError(
-                f"num_heads, patch_size: size {size!r} has its own; expected them with size {CUSTOM!r} or none, got {given}"
-            )
+            raise ValueError(f"num_heads, patch_size: size {size!r} has its own; expected them with size {CUSTOM!r} or none")
         return {"size": size}, None
     unsaid = f"size: {checkpoint} does not say how it is built; expected one of {', '.join(sizes)} for {system}, got {size!r}"
     if size not in (None, CUSTOM):
