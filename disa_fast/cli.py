@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import json
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,33 +22,62 @@ from torch import Tensor
 
 from . import profile, solvers
 from .backends import BACKENDS
+from .checkpoint import read_config
 from .checks import usable_device
+from .contents import fingerprint
 from .demo.captions import caption, label_of
 from .demo.data import CLASSES, cropped
-from .demo.run import BASELINE_STEPS, run_demo
+from .demo.run import BASELINE_STEPS, check_demo, run_demo, runs_of
+from .demo.run import FILES as DEMO_FILES
 from .evaluate import WEIGHTS_NAME, evaluate_folder
-from .generate import Kind, check_run, classes_of, generate, in_turn, processes, sample_numbered
+from .files import check_folder
+from .generate import RECORD, Kind, check_run, classes_of, generate, in_turn, processes, sample_numbered
+from .heads.flow import check_guidance
 from .identify import identify, report
+from .infer import Given
 from .models import Harmon
+from .models.prompts import check_texts, encode_prompts, image_prompt, instruction
 from .pictures import columns_of, panel, read_png, save_png
 from .profiling import DEFAULT_SECONDS
 from .schedule import parse_schedule
-from .systems import SYSTEMS, Model, Sampling, System, image_part, load_model
-from .vae import LATENT_CHANNELS, LATENT_SCALE, load_vae
+from .solvers.diffusion import BASE_STEPS
+from .systems import (
+    CUSTOM,
+    SYSTEMS,
+    MARSampling,
+    Model,
+    Sampling,
+    System,
+    check_settings,
+    demo_checkpoint,
+    image_part,
+    load_model,
+    tokenizer_file,
+)
+from .vae import LATENT_CHANNELS, LATENT_SCALE, VAE, load_vae
 
-GRID_IMAGES = 100  # at most, in grid.png
+GRID = "grid.png"
+GRID_IMAGES = 100  # at most, in it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for a request that cannot be served, with the reason on stderr)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"disa-fast {args.command}: error: {error}", file=sys.stderr)
+        print(f"disa-fast {args.command}: error: {_by_flags(str(error), args.options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _by_flags(message: str, options: Collection[str]) -> str:
+    """An error's message in which the arguments that it begins with are called as on the command line, where they are options."""
+    names, colon, rest = message.partition(":")
+    flags = [f"--{name.replace('_', '-')}" if name in options else name for name in names.split(", ")]
+    return ", ".join(flags) + colon + rest
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
         by 0.2325 and decoded.""",
         formatter_class=_Help,
     )
-    generate.add_argument("--size", help=f"of a published checkpoint: {_by_system(lambda s: s.sizes)}")
+    generate.add_argument(
+        "--size", help=f"of a published checkpoint: {_by_system(lambda s: s.sizes)}; or {CUSTOM}: as names and shapes tell"
+    )
     generate.add_argument("--vae", type=Path, help="the KL-16 VAE that decodes latents: kl16.ckpt, or in diffusers' layout")
     generate.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: float32; harmon, with --size, bfloat16)")
     generate.add_argument("--num-images", type=_positive, help="how many (default: 10, or one for each prompt)")
@@ -110,11 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say what a checkpoint is",
-        description="""Prints which system and size a checkpoint is of, what of it is missing or extra, and which backend its head
-        would run on here. Reads names and shapes alone. The exit status is 1 for a file that cannot be loaded as it is.""",
+        description="""Prints which system and size a checkpoint is of, what of it is missing or extra, which tensors hold NaN or
+        inf, and which backend its head would run on here. Reads the file from end to end, tensor by tensor. The exit status is 1
+        for a file that cannot be loaded as it is, and for one with NaN or inf.""",
         formatter_class=_Help,
     )
     inspect.add_argument("checkpoint", type=Path, help=".pth or .safetensors")
+    _add_size(inspect)
     inspect.set_defaults(run=_inspect)
 
     profiled = commands.add_parser(
@@ -159,8 +195,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--prompts", type=_prompts, metavar="FILE", help='one a line, or .json: [{"prompt": ...}, ...]')
         command.add_argument("--tokenizer", type=Path, help="harmon: tokenizer.json (default: that beside the checkpoint)")
         command.add_argument("--seed", type=int, default=0, help="of orders and noise")
+        _add_size(command)
         _add_sampling(command)
+    for command in commands.choices.values():
+        command.set_defaults(options={action.dest for action in command._actions if action.option_strings})
     return parser
+
+
+def _add_size(command: argparse.ArgumentParser) -> None:
+    """The options that say what names and shapes do not tell of a custom size."""
+    command.add_argument(
+        "--num-heads", type=_heads, metavar="N|N,M", help="mar, harmon: of a custom size's attention, or encoder's and decoder's"
+    )
+    command.add_argument("--patch-size", type=_positive, metavar="N", help="of a custom size: side of a token in latents or pixels")
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
@@ -175,13 +222,13 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     add("--solver", metavar="NAME", help=f"of the denoising steps: {_by_system(lambda s: s.solvers)}")
     add("--clip", type=_clip, metavar="T|none|default", help="highest timestep of ddpm (by default 950) and ddim (980)")
     add("--num-iter", type=_positive, help="autoregressive iterations")
-    add("--cfg", type=float, help="guidance scale; 1 is none")
+    add("--cfg", type=float, help="guidance scale, from 0; 1 is none")
     add("--cfg-schedule", choices=["linear", "constant"], help="over the iterations")
-    add("--guidance", type=_guidance, metavar="LOW,HIGH", help="times between which there is guidance, 1 being noise")
-    add("--temperature", type=float, help="factor on the step noise")
+    add("--guidance", type=_guidance, metavar="LOW,HIGH", help="times between which there is guidance, from 0 to 1, which is noise")
+    add("--temperature", type=float, help="factor on the step noise, from 0")
     add("--cfg-prompt", metavar="TEXT", help="what guidance leads away from")
     add("--image-size", type=_image_size, metavar="SIDE|HEIGHTxWIDTH", help="in pixels, None being the model's own")
-    add("--backend", help=f"auto, {', '.join(BACKENDS)}")
+    add("--backend", metavar="NAME", help=f"auto, {', '.join(BACKENDS)}")
 
 
 def _by_system(names_of: Callable[[System], Iterable[str]]) -> str:
@@ -206,28 +253,60 @@ def _shown(value: object) -> str:
 
 def _demo(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
-    model = load_model(args.checkpoint, system=args.system, tokenizer=args.tokenizer).to(args.device)
+    check_folder(args.out, DEMO_FILES)
+
+    def check(model: Model, dtype: torch.dtype) -> None:
+        check_demo(model)
+        _kinds(args, model, of_the_demo=True)
+        for settings in runs_of(args.system, sampling).values():
+            check_settings(settings, model, args.batch_size, args.device, dtype)
+
+    # A published size is of no picture that the demo can judge, so its own is not asked for.
+    size = CUSTOM if args.checkpoint is not None and read_config(args.checkpoint) is None else None
+    model = load_model(args.checkpoint, size, True, args.system, args.tokenizer, None, args.num_heads, args.patch_size, check).to(
+        args.device
+    )
     kinds, shown = _kinds(args, model, of_the_demo=True), not args.quiet
     print(run_demo(args.system, model, sampling, kinds, args.num_images, args.seed, args.batch_size, args.out, shown))
-    print(f"\nwritten: {args.out / 'demo.png'}, {args.out / 'demo.json'}")
+    print(f"\nwritten: {args.out / DEMO_FILES[0]}, {args.out / DEMO_FILES[1]}")
     return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
+    of_checkpoint = [name for name in ("size", "num_heads", "patch_size") if getattr(args, name) is not None]
+    if args.checkpoint is None and of_checkpoint:
+        raise ValueError(f"{', '.join(of_checkpoint)}: expected a --checkpoint beside it; without one the demo's model draws")
     with processes() as shared:
+        shared.first(lambda: check_folder(args.out, (RECORD, GRID)))
         device = args.device
         if device == torch.device("cuda"):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         dtype = None if args.dtype is None else _DTYPES[args.dtype]
-        model = load_model(args.checkpoint, args.size, not args.no_ema, args.system, args.tokenizer, dtype).to(device)
+        vae = functools.cache(lambda: load_vae(args.vae))
+
+        def check(model: Model, dtype: torch.dtype) -> None:
+            kinds = _kinds(args, model, args.checkpoint is None)
+            count = args.num_images or (len(kinds) if args.prompt or args.prompts else 10)
+            check_settings(sampling, model, min(args.batch_size, -(-count // shared.world)), device, dtype)
+            _check_prompts(args, model, [kind.subject for kind in kinds], sampling)
+            _finish(args, model, vae)
+
+        model = load_model(
+            args.checkpoint, args.size, not args.no_ema, args.system, args.tokenizer, dtype, args.num_heads, args.patch_size, check
+        )
+        if shared.rank == 0:
+            for text in vars(model).get("taken_for_granted", ()):
+                print(f"disa-fast generate: taken for granted: {text}", file=sys.stderr)
+        model = model.to(device)
         kinds = _kinds(args, model, of_the_demo=args.checkpoint is None)
         prompted = args.prompt or args.prompts
         in_order = in_turn(kinds, args.num_images or (len(kinds) if prompted else 10))
-        finish, channels = _finish(args, model)
+        finish, channels = _finish(args, model, vae)
         suffix = ".png" if channels in (1, 3) else ".npy"
         paths = [args.out / f"{i:05d}_{_slug(kind.name)}{suffix}" for i, kind in enumerate(in_order)]
-        record = _record(args, sampling, kinds)
+        record = _record(args, model, sampling, kinds, vae)
+        shared.first(lambda: check_folder(args.out, (path.name for path in paths)))
         shared.first(lambda: check_run(args.out, record, paths))
 
         def draw(numbers: Sequence[int]) -> Tensor:
@@ -241,7 +320,7 @@ def _generate(args: argparse.Namespace) -> int:
         if shared.rank == 0:
             if suffix == ".png":
                 first = torch.stack([read_png(path) for path in paths[:GRID_IMAGES]])
-                save_png(panel(first, columns_of([kind.name for kind in kinds])), args.out / "grid.png")
+                save_png(panel(first, columns_of([kind.name for kind in kinds])), args.out / GRID)
             rate = f"{drawn} drawn now, {drawn / seconds:.2f} images/s"
             print(f"{len(paths)} files in {args.out}, {rate}, {sampling.schedule}")
     return 0
@@ -254,9 +333,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    found = identify(args.checkpoint, not args.no_ema)
+    found = identify(args.checkpoint, not args.no_ema, Given(args.num_heads, args.patch_size))
     print(report(found))
-    return int(found.system is None or found.differences > 0)
+    unsaid = found.inferred is not None and bool(found.inferred.open)
+    return int(found.system is None or found.differences > 0 or unsaid or bool(found.not_finite))
 
 
 def _profile(args: argparse.Namespace) -> int:
@@ -291,25 +371,55 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].rstrip("-") or "image"
 
 
-def _finish(args: argparse.Namespace, model: Model) -> tuple[Callable[[Tensor], Tensor], int]:
+def _check_prompts(args: argparse.Namespace, model: Model, prompts: Sequence[Any], sampling: Sampling) -> None:
+    """ValueError for prompts that a Harmon, which may be on meta, cannot read."""
+    if not isinstance(model, Harmon):
+        return
+    if model.tokenizer is None:
+        raise ValueError(f"tokenizer: expected one to read prompts with; there is no tokenizer.json beside {args.checkpoint}")
+    vocabulary = model.llm.model.embed_tokens.num_embeddings
+    for name, texts in (("prompt", [image_prompt(prompt) for prompt in prompts]), ("cfg_prompt", [sampling.cfg_prompt])):
+        check_texts(name, texts)
+        ids, _ = encode_prompts(model.tokenizer, [instruction(text) for text in texts])
+        if int(ids.max()) >= vocabulary:
+            raise ValueError(
+                f"tokenizer: expected one that makes tokens 0..{vocabulary - 1}, which the model knows, got {int(ids.max())}"
+            )
+
+
+def _finish(args: argparse.Namespace, model: Model, vae: Callable[[], VAE]) -> tuple[Callable[[Tensor], Tensor], int]:
     """What makes of latents what is written, and its number of channels."""
     channels = image_part(model).vae_embed_dim
     if args.vae is None:
         return (cropped if args.checkpoint is None else lambda latents: latents), channels
     if channels != LATENT_CHANNELS:
         raise ValueError(f"--vae: decodes latents of {LATENT_CHANNELS} channels, and this model draws {channels}")
-    vae = load_vae(args.vae).to(model.head.device)
+    decoder = vae()
+    if model.head.device.type != "meta":
+        decoder = decoder.to(model.head.device)
     scale = model.vae_scale if isinstance(model, Harmon) else LATENT_SCALE
-    return (lambda latents: vae.decode(latents.float() / scale)), 3
+    return (lambda latents: decoder.decode(latents.float() / scale)), 3
 
 
-def _record(args: argparse.Namespace, sampling: Sampling, kinds: Sequence[Kind]) -> dict[str, Any]:
-    """What decides how the images of a run look, as JSON."""
-    files = {
-        name: None if path is None else {"name": path.name, "bytes": path.stat().st_size}
-        for name, path in (("checkpoint", args.checkpoint), ("vae", args.vae), ("tokenizer", args.tokenizer))
+def _record(
+    args: argparse.Namespace, model: Model, sampling: Sampling, kinds: Sequence[Kind], vae: Callable[[], VAE]
+) -> dict[str, Any]:
+    """What decides how the images of a run look, as JSON: of the weights a fingerprint, see disa_fast.contents."""
+    checkpoint = args.checkpoint or demo_checkpoint(args.system)
+    files: dict[str, Any] = {
+        "checkpoint": {
+            "name": None if args.checkpoint is None else args.checkpoint.name,
+            "sha256": fingerprint(model.state_dict()),
+            "arguments": vars(model).get("arguments"),
+        },
+        "vae": None if args.vae is None else {"name": args.vae.name, "sha256": fingerprint(vae().state_dict())},
+        "tokenizer": None,
     }
-    options = {"system": args.system, "size": args.size, "ema": not args.no_ema, "dtype": args.dtype, "seed": args.seed}
+    tokenizer = tokenizer_file(args.tokenizer, checkpoint) if args.system == "harmon" else None
+    if tokenizer is not None:
+        files["tokenizer"] = {"name": tokenizer.name, "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest()}
+    options = {"system": args.system, "size": args.size, "num_heads": args.num_heads, "patch_size": args.patch_size}
+    options |= {"ema": not args.no_ema, "dtype": args.dtype, "seed": args.seed}
     settings = {name: value for name, value in vars(sampling).items() if name != "backend"}
     return {"version": version("disa-fast"), **options, **files, **settings, "subjects": [kind.subject for kind in kinds]}
 
@@ -318,9 +428,11 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     """The system's settings, with what was given put in. ValueError for an option or a solver that the system does not have."""
     system = SYSTEMS[args.system]
     size = getattr(args, "size", None)
-    if size is not None and size not in system.published:
-        raise ValueError(f"--size: expected one of {', '.join(system.published)} for system {args.system}, got {size!r}")
-    settings = system.demo if size is None else system.published[size]
+    if size not in (None, CUSTOM, *system.published):
+        raise ValueError(
+            f"--size: expected one of {', '.join(system.published)} for system {args.system}, or {CUSTOM}, got {size!r}"
+        )
+    settings = system.demo if size in (None, CUSTOM) else system.published[size]
     options = set().union(*(vars(other.demo) for other in SYSTEMS.values()))
     given = {name: value for name, value in vars(args).items() if name in options}
     for name in given:
@@ -329,7 +441,39 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     if given.get("solver", settings.solver) not in system.solvers:
         expected = ", ".join(system.solvers)
         raise ValueError(f"--solver: expected one of {expected} for system {args.system}, got {given['solver']!r}")
-    return dataclasses.replace(settings, **given)
+    settings = dataclasses.replace(settings, **given)
+    _check_ranges(args, settings)
+    return settings
+
+
+def _check_ranges(args: argparse.Namespace, sampling: Sampling) -> None:
+    """ValueError for a setting that no model can be drawn with."""
+    if not 0 <= args.seed < 2**64:
+        raise ValueError(f"--seed: expected a whole number of at least 0 and below 2**64, got {args.seed}")
+    for name in ("cfg", "temperature"):
+        value = getattr(sampling, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name}: expected a number of at least 0, got {value:g}")
+    if isinstance(sampling, MARSampling):
+        solvers.resolve(sampling.solver, sampling.clip)
+        if isinstance(sampling.clip, int) and not 0 <= sampling.clip < BASE_STEPS:
+            raise ValueError(f"--clip: expected a timestep from 0 to {BASE_STEPS - 1}, got {sampling.clip}")
+    else:
+        low, high = check_guidance(sampling.guidance)
+        if not (0 <= low and high <= 1):
+            raise ValueError(f"--guidance: expected times from 0 to 1, got {low:g},{high:g}")
+    steps = parse_schedule(sampling.schedule)
+    counts = [count for name, count in vars(steps).items() if name != "rounding"]
+    most = max(max(count) if isinstance(count, tuple) else count for count in counts)
+    if most > BASE_STEPS:
+        raise ValueError(f"--schedule: expected up to {BASE_STEPS} denoising steps, got {sampling.schedule}")
+
+
+def _heads(text: str) -> tuple[int, int]:
+    numbers = re.fullmatch(r"([1-9]\d{0,8})(?:,([1-9]\d{0,8}))?", text)
+    if numbers is None:
+        raise argparse.ArgumentTypeError(f"expected a number of heads, or the encoder's and the decoder's, N,M, got {text!r}")
+    return int(numbers[1]), int(numbers[2] or numbers[1])
 
 
 def _schedule(text: str) -> str:

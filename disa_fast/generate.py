@@ -101,12 +101,12 @@ class Processes:
         self.rank, self.world = rank, world
 
     def first(self, action: Callable[[], None]) -> None:
-        """Do it in the first process alone, while the others wait. Its ValueError is raised in all."""
+        """Do it in the first process alone, while the others wait. Its ValueError or OSError is raised in all, as a ValueError."""
         errors: list[str | None] = [None]
         if self.rank == 0:
             try:
                 action()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 errors = [str(error)]
         if self.world > 1:
             dist.broadcast_object_list(errors)
@@ -150,6 +150,11 @@ def check_run(folder: Path, record: Mapping[str, object], paths: Sequence[Path])
             for key in {**before, **record}
             if before.get(key) != record.get(key)
         ]
+        if "sha256" in (record.get("checkpoint") or {}) and "sha256" not in (before.get("checkpoint") or {}):
+            raise ValueError(
+                f"out: {folder} holds the images of another run, or of an older version: its {RECORD} does not tell what the "
+                "weights were, so it cannot be known whether they are the same; choose another folder"
+            )
         if differing:
             raise ValueError(f"out: {folder} holds the images of another run ({'; '.join(differing)}); choose another folder")
     elif any(image.exists() for image in paths):

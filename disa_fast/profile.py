@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import profiling
-from .files import written_aside
+from .files import check_folder, written_aside
 
 TOOLS = ("auto", "nsys", "torch")
 PARTS = {"head": "head", "backbone": "backbone", "captures": "graph captures", "outside": "between AR steps"}
@@ -431,7 +431,8 @@ def profile(
 
     Leaves OUT/raw, a folder of what the tool recorded, and OUT/summary.json. tool: one of TOOLS. seconds: how long torch.profiler
     records, DEFAULT_SECONDS if None. graph_kernels: have nsys trace the kernels within CUDA graphs. ValueError for options that the
-    tool does not have, a tool that is not there, or a command that succeeded but of which there is nothing to say.
+    tool does not have, a tool that is not there, a folder that cannot be written to, or a command that succeeded but of which there
+    is nothing to say.
     """
     if shutil.which(command[0]) is None:
         raise ValueError(f"command: {command[0]!r} is not on the path")
@@ -444,6 +445,7 @@ def profile(
         raise ValueError("--seconds: only torch.profiler stops recording; nsys records all of the command")
     if tool == "torch" and graph_kernels:
         raise ValueError("--graph-kernels: torch.profiler does so anyway; this is an option for nsys")
+    check_folder(out, ["summary.json"])
     aside = out.resolve() / f".raw.{secrets.token_hex(4)}"
     aside.mkdir(parents=True)
     try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .checkpoint import read_state_dict
 from .checks import check_dtype, check_shapes, describe, is_dense, sized, whole
+from .contents import warn_not_finite
 
 LATENT_CHANNELS = 16
 GROUPS = 32  # of channels, normalized together
@@ -130,7 +131,8 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, **sizes: Any)
 
     Ignored are parameters named loss.*, those of the discriminator, which training runs of latent diffusion's code keep beside the
     VAE; kl16.ckpt has none. Raises FileNotFoundError, ModuleNotFoundError without diffusers, and ValueError, which names what is
-    missing, unexpected or misshapen as the file does; nothing is allocated before that is known.
+    missing, unexpected or misshapen as the file does; nothing is allocated before that is known. A UserWarning
+    names tensors that hold NaN or inf.
     """
     check_dtype(dtype)
     with torch.device("meta"):
@@ -145,6 +147,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, **sizes: Any)
     check_shapes(expected, {name: tensor.shape for name, tensor in state.items()}, str(path))
     vae.to(dtype).to_empty(device="cpu")
     vae.autoencoder.load_state_dict({name: state[prefix + theirs[name][0]].reshape(tensor.shape) for name, tensor in own.items()})
+    warn_not_finite(path, vae.state_dict())
     return vae.eval().requires_grad_(False)
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import atheris
 
-LOADERS = ["disa_fast.checkpoint", "disa_fast.identify", "torch.serialization", "torch._weights_only_unpickler", "zipfile"]
+LOADERS = [f"disa_fast.{name}" for name in ("checkpoint", "contents", "formats", "identify", "infer")]
+LOADERS += ["torch.serialization", "torch._weights_only_unpickler", "zipfile"]
 with atheris.instrument_imports(include=LOADERS, enable_loader_override=False):
     import torch
 

@@ -1,5 +1,8 @@
 import dataclasses
+import errno
 import json
+import os
+import re
 import sys
 
 import numpy as np
@@ -12,9 +15,9 @@ from disa_fast.checkpoint import save_checkpoint
 from disa_fast.cli import main
 from disa_fast.demo.captions import caption
 from disa_fast.demo.data import CLASSES
-from disa_fast.demo.quality import CLASSIFIER_FILE, Classifier, measure, wilson
+from disa_fast.demo.quality import CLASSIFIER_FILE, Classifier, measure, measure_accuracy, no_distance, wilson
 from disa_fast.demo.run import BASELINE_STEPS, draw_images
-from disa_fast.files import written_aside
+from disa_fast.files import check_folder, written_aside
 from disa_fast.generate import classes_of, in_turn
 from disa_fast.systems import SYSTEMS, load_model
 
@@ -71,15 +74,19 @@ def test_the_demo_compares_with_the_published_step_counts():
 
 
 def test_the_demo_with_prompts(tmp_path, capsys, monkeypatch):
-    """A prompt that speaks of no known class is drawn, and not judged."""
+    """A prompt that speaks of no known class is drawn, and not judged; those of some classes are not held against all ten."""
     monkeypatch.setitem(BASELINE_STEPS, "harmon", 4)
     arguments = ["demo", *QUICK_OF["harmon"], "--num-images", "40", "--prompt", "a photo of a dark dress", "--prompt"]
     assert main([*arguments, "a light bag", "--out", str(tmp_path / "judged")]) == 0
-    assert "not measured" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not measured: that takes images of all 10 classes, as the real ones are, got 2 (dress, bag)." in out
     result = json.loads((tmp_path / "judged" / "demo.json").read_text())
     assert result["subjects"] == ["a photo of a dark dress", "a light bag"]
+    assert all("accuracy" in row and "frechet" not in row for row in result["rows"])
     assert main([*arguments, "a unicorn", "--out", str(tmp_path / "drawn")]) == 0
-    assert capsys.readouterr().out.count("not measured") == 2 * 4
+    out = capsys.readouterr().out
+    assert out.count("| not measured") == 2 * 4
+    assert "Class accuracy and Frechet distance were not measured: 'a unicorn' names none of the ten classes." in out
     with Image.open(tmp_path / "drawn" / "demo.png") as picture:
         assert picture.width > 1000
     file = tmp_path / "prompts.json"
@@ -126,11 +133,12 @@ def test_generate_latents_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-iter", "50"], "num_iter: expected 1 to 49 iterations"),
+        (["--num-iter", "50"], "--num-iter: expected 1 to 49 iterations"),
         (["--labels", "10"], "labels: expected classes 0..9, got [10"),
         (["--checkpoint", "no-such-file.pth"], "no-such-file.pth: no such checkpoint"),
         (["--solver", "dpm_solver", "--clip", "900"], "clip: only 'ddpm' and 'ddim' take one"),
-        (["--size", "base"], "says itself how it is built, got 'base'"),
+        (["--size", "base"], "--size: expected a --checkpoint beside it; without one the demo's model draws"),
+        (["--num-heads", "2", "--patch-size", "4"], "--num-heads, --patch-size: expected a --checkpoint beside it"),
         (["--checkpoint", str(CLASSIFIER_FILE)], "says that it holds 'classifier', got 'mar'"),
         (["--backend", "tpu"], "backend: 'tpu' is not one"),
         (["--prompt", "a bag"], "--prompt: system mar draws classes"),
@@ -139,7 +147,7 @@ def test_generate_latents_of_a_checkpoint(tmp_path):
         (["--seed", "-1"], "seed: expected a whole number of at least 0"),
         (["--system", "harmon", "--prompt", "a bag", "--labels", "1"], "--labels: expected either classes or prompts, got both"),
         (["--system", "harmon", "--labels", "10"], "--labels: expected classes 0..9, got [10]"),
-        (["--system", "harmon", "--image-size", "30"], "image_size: expected multiples of 4 pixels"),
+        (["--system", "harmon", "--image-size", "30"], "--image-size: expected multiples of 4 pixels"),
         (["--system", "harmon", "--tokenizer", "none.json"], "none.json: no such tokenizer"),
     ],
 )
@@ -320,8 +328,165 @@ def test_help_tells_defaults(capsys, monkeypatch, command):
 
 
 def test_quality_needs_enough_images():
-    with pytest.raises(ValueError, match="images: expected at least 40"):
+    with pytest.raises(ValueError, match="images: expected at least 40 images, got 39"):
         measure(torch.zeros(39, 1, 28, 28), torch.zeros(39, dtype=torch.int64), Classifier.load())
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([3] * 200, r"images of all 10 classes, as the real ones are, got 1 \(dress\)"),
+        (in_turn(range(9), 200), "images of all 10 classes, as the real ones are, got 9"),
+        (in_turn([0, *range(10)], 220), "as many images of each class, as the real ones are, got 20 to 40"),
+        (in_turn(range(10), 39), "at least 40 images, got 39"),
+        (in_turn(range(10), 40), None),
+        (in_turn(range(10), 49), None),
+        (in_turn(range(10), 200), None),
+    ],
+)
+def test_what_a_distance_can_be_taken_of(labels, reason):
+    found = no_distance(labels)
+    assert found is None if reason is None else re.fullmatch(reason + ".*", found)
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"images: expected {reason}"):
+            measure(torch.zeros(len(labels), 1, 28, 28), torch.tensor(labels), Classifier.load())
+
+
+def test_an_accuracy_can_be_taken_of_anything():
+    images = torch.rand(7, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    labels = Classifier.load()
+    labels = labels.logits(labels(images)).argmax(dim=1)
+    assert measure_accuracy(images, labels, Classifier.load()) == (1.0, wilson(1.0, 7))
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--num-images", "20"], "The Frechet distance was not measured: that takes at least 40 images, got 20."),
+        (["--num-images", "40", "--labels", "3"], "as the real ones are, got 1 (dress)."),
+    ],
+)
+def test_a_demo_of_few_images_or_classes(tmp_path, capsys, monkeypatch, more, sentence):
+    """Whatever cannot be measured, what was drawn is written."""
+    monkeypatch.setitem(BASELINE_STEPS, "mar", 2)
+    assert main(["demo", *QUICK, *more, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert sentence in out
+    assert out.count("not measured") == 4 + 1
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert all("accuracy" in row and "frechet" not in row for row in result["rows"])
+    assert list(result["not_measured"]) == ["frechet"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--clip", "2000"], "--clip: expected a timestep from 0 to 999, got 2000"),
+        (["--clip", "-1"], "--clip: expected a timestep from 0 to 999, got -1"),
+        (["--solver", "dpm_solver", "--clip", "900"], "--clip: only 'ddpm' and 'ddim' take one"),
+        (["--cfg", "-2"], "--cfg: expected a number of at least 0, got -2"),
+        (["--cfg", "nan"], "--cfg: expected a number of at least 0, got nan"),
+        (["--cfg", "inf"], "--cfg: expected a number of at least 0, got inf"),
+        (["--temperature", "-0.5"], "--temperature: expected a number of at least 0, got -0.5"),
+        (["--seed", "-1"], "--seed: expected a whole number of at least 0 and below 2**64, got -1"),
+        (["--seed", str(2**64)], "--seed: expected a whole number of at least 0 and below 2**64"),
+        (["--schedule", "linear:2000-5"], "--schedule: expected up to 1000 denoising steps, got linear:2000-5"),
+        (["--schedule", "list:5,2000"], "--schedule: expected up to 1000 denoising steps"),
+        (["--system", "xar", "--guidance", "0.9,0.1"], "--guidance: expected low <= high"),
+        (["--system", "xar", "--guidance", "0,1.5"], "--guidance: expected times from 0 to 1, got 0,1.5"),
+        (["--system", "flowar", "--guidance", "nan,1"], "--guidance: expected a finite number, got nan"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "demo"])
+def test_settings_are_checked_before_anything_is_read(tmp_path, capsys, monkeypatch, command, arguments, message):
+    monkeypatch.setattr("disa_fast.cli.load_model", None)
+    assert main([command, *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-iter", "50"], "--num-iter: expected 1 to 49 iterations"),
+        (["--schedule", "list:3,2"], "--schedule: list:3,2 does not fit: steps: expected one entry for each of the 24"),
+        (["--system", "flowar", "--schedule", "constant:1"], "--schedule: constant:1 does not fit: steps: FlowAR's grid needs"),
+        (["--backend", "tpu"], "--backend: 'tpu' is not one"),
+        (["--labels", "10"], "--labels: expected classes 0..9"),
+        (["--system", "harmon", "--image-size", "30"], "--image-size: expected multiples of 4 pixels"),
+        (["--system", "harmon", "--cfg-prompt", "\udc80"], "--cfg-prompt: expected text"),
+        (["--vae", "none.ckpt"], "--vae: decodes latents of 16 channels"),
+    ],
+)
+def test_settings_are_checked_before_a_model_is_allocated(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
+    assert main(["generate", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_backend_for_few_rows_is_refused_before_it_meets_many(tmp_path, capsys, monkeypatch):
+    """Which would be in the midst of the first image."""
+    asked, most = [], 1000
+
+    def refuses(spec, dtype, device, rows, batch_invariant=False):
+        asked.append(rows)
+        return f"serves up to {most} rows" if rows > most else None
+
+    monkeypatch.setattr("disa_fast.backends.hoisted.refuses", refuses)
+    arguments = ["generate", "--quiet", "--schedule", "constant:1", "--backend", "hoisted", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert asked[0] == max(asked) == 60  # 10 images' guided halves, of whose 49 tokens the largest of 24 iterations draws 3
+    most = 59
+    assert main([*arguments[:-1], str(tmp_path / "other")]) == 2
+    assert "--backend: 'hoisted' cannot serve this call: serves up to 59 rows" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+# Folders to write into ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "profile"])
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a name too long", "a folder in the way", "a full disk"])
+def test_a_folder_that_cannot_be_written_to(tmp_path, capsys, monkeypatch, command, kind):
+    """Is found before anything is read, and leaves no trace."""
+    out = {"a file": "file", "below a file": "file/x", "a name too long": "x" * 300}.get(kind, "new/folder")
+    (tmp_path / "file").touch()
+    name = {"demo": "demo.json", "generate": "grid.png", "profile": "summary.json"}[command]
+    if kind == "a folder in the way":
+        (tmp_path / out / name).mkdir(parents=True)
+    if kind == "a full disk":
+        monkeypatch.setattr("disa_fast.files.Path.write_bytes", full_disk)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("disa_fast.cli.load_model", None)
+    monkeypatch.setattr("disa_fast.profile._run", None)
+    more = ["--", sys.executable, "-c", "pass"] if command == "profile" else []
+    assert main([command, "--out", str(tmp_path / out), *more]) == 2
+    told = capsys.readouterr().err
+    assert f"disa-fast {command}: error: --out: " in told
+    assert str(tmp_path / out) in told and "choose another" in told
+    if kind == "a full disk":
+        assert "No space left on device" in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):
+    check_folder(tmp_path / "a" / "b", ["x.png"])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x.png").write_bytes(b"there")
+    check_folder(tmp_path, ["x.png"])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError("1024 requested and 512 written")])
+def test_a_full_disk_in_the_midst_of_a_run_names_the_file(tmp_path, error):
+    """Whatever wrote: of a write that fails the system names none, and NumPy tells no number either."""
+    with pytest.raises(OSError, match=r"picture\.png") as raised, written_aside(tmp_path / "picture.png"):
+        raise error
+    assert raised.value.errno == error.errno
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wilson_interval():

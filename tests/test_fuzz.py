@@ -858,7 +858,7 @@ def edited(content, changes):
 READERS = {
     "load_checkpoint": lambda path, ema, model: checkpoint.load_checkpoint(model, path, ema),
     "build": lambda path, ema, dtype: checkpoint.build(lambda: models.mar(**SIZES["mar"]), path, ema, dtype),
-    "identify": identify,
+    "identify": lambda path, ema: identify(path, ema),
     "load_vae": lambda path, dtype: vae.load_vae(path, dtype),
 }
 
@@ -974,12 +974,13 @@ TEXTS = st.text(max_size=8) | st.sampled_from(
 )
 PLACES = ["absent", "folder", "file", "file/under", "garbage", "a" * 300, "\0", "\udcff", "", "run"]
 LIKELY = {
-    "--size": ["base", "large", "small"], "--dtype": ["float32", "float16", "float64"], "--num-images": ["2", "3"],
+    "--size": ["base", "large", "small", "custom"], "--dtype": ["float32", "float16", "float64"], "--num-images": ["2", "3"],
     "--batch-size": ["2", "100"], "--device": ["cpu", "meta", "cuda", "cpu:3", "mkldnn"], "--system": ["mar", "harmon", "xar"],
     "--labels": ["0", "2,1", "3", "-1"], "--prompt": ["a dress"], "--seed": ["5", "-5", "99999999999999999999999"],
     "--schedule": ["constant:3", "linear:3-2", "list:2", "constant:2000"], "--solver": ["ddim", "dpm_solver", "euler"],
     "--clip": ["none", "900", "99999"], "--num-iter": ["1", "4", "5"], "--cfg": ["1", "3.5", "-2", "inf"],
     "--cfg-schedule": ["constant", "linear"], "--guidance": ["0,1", "1,0"], "--temperature": ["0", "0.9", "-1"],
+    "--num-heads": ["2", "2,1", "0"], "--patch-size": ["1", "4", "0"],
     "--cfg-prompt": ["nothing"], "--image-size": ["32", "16x48", "17"], "--backend": ["cpu", "hoisted", "reference", "cuda"],
 }  # fmt: skip
 CONTENT = st.binary(max_size=20) | st.sampled_from([b'{"a": 1}', b"[" * 100_000, b'[{"prompt": 3}]', b"a dress\n", b"[[[],1]]"])

@@ -10,7 +10,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from test_generate import SMALL, TOKENIZER, small
+from upstream_like import small_mar
 
+from disa_fast.checkpoint import save_checkpoint
 from disa_fast.cli import main
 from disa_fast.files import written_aside
 from disa_fast.generate import Processes, check_run, generate
@@ -163,6 +166,82 @@ def test_folders_of_other_runs(tmp_path):
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match=r"holds images, and no run\.json that says of what run"):
         check_run(tmp_path, record, paths)
+
+
+# What the weights were -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_checkpoint_of_that_name_and_size(tmp_path, capsys):
+    """Retrained, in however little."""
+    path, out = tmp_path / "checkpoint-last.pth", tmp_path / "out"
+    arguments = ["generate", "--quiet", *SETTINGS, "--checkpoint", str(path), "--num-heads", "2", "--out", str(out)]
+
+    def write(averaged=None, trained=None):
+        content = {"model": small_mar(1).state_dict(), "model_ema": small_mar(0).state_dict()}
+        for key, name in (("model_ema", averaged), ("model", trained)):
+            if name is not None:
+                content[key][name].view(-1)[-1] += 1e-3
+        torch.save(content, path)
+        return path.stat().st_size
+
+    size = write()
+    assert main([*arguments, "--num-images", "2"]) == 0
+    whole = contents(out)
+    for name in ("mask_token", "diffloss.net.res_blocks.1.mlp.0.weight", "class_emb.weight"):
+        assert write(averaged=name) == size
+        assert main([*arguments, "--num-images", "4"]) == 2
+        told = capsys.readouterr().err
+        assert "--out: " in told and "holds the images of another run (checkpoint: " in told and "sha256" in told
+        assert contents(out) == whole
+    write(trained=name)  # where the average is drawn with
+    assert main([*arguments, "--num-images", "4"]) == 0
+    assert "2 drawn now" in capsys.readouterr().out
+    assert main([*arguments, "--num-images", "4", "--num-heads", "4"]) == 2
+    assert "num_heads: [2, 2] there, [4, 4] now" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_vae_or_tokenizer(tmp_path, capsys, monkeypatch):
+    """The tokenizer also where it is the one beside the checkpoint."""
+    save_checkpoint(tmp_path / "harmon.safetensors", small("harmon").state_dict(), "harmon", SMALL["harmon"])
+    beside = tmp_path / "tokenizer.json"
+    TOKENIZER.save(str(beside))
+    out = tmp_path / "out"
+    arguments = ["generate", "--quiet", "--system", "harmon", "--checkpoint", str(tmp_path / "harmon.safetensors"), *SETTINGS]
+    arguments += ["--prompt", "a bag", "--vae", str(tmp_path / "vae.pth"), "--out", str(out)]
+    vae = Decoder()
+    monkeypatch.setattr("disa_fast.cli.load_vae", lambda path: vae)
+    assert main(arguments) == 0
+    vae.weight.data[2] += 1e-3
+    assert main(arguments) == 2
+    assert "holds the images of another run (vae: " in capsys.readouterr().err
+    vae.weight.data[2] = 0
+    assert main(arguments) == 0
+    beside.write_text(beside.read_text() + "\n")
+    assert main(arguments) == 2
+    assert "holds the images of another run (tokenizer: " in capsys.readouterr().err
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    def decode(self, latents):
+        return latents[:, :3] + self.weight[:, None, None]
+
+
+def test_a_folder_that_does_not_tell_the_weights(tmp_path, capsys):
+    """As older versions left it: they may have been others."""
+    arguments = ["generate", "--quiet", *SETTINGS, "--num-images", "2", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert len(record["checkpoint"]["sha256"]) == 64
+    for older in (None, {"name": "checkpoint-last.pth", "bytes": 3}):
+        (tmp_path / "run.json").write_text(json.dumps(record | {"checkpoint": older}))
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert "of an older version: its run.json does not tell what the weights were" in told
+        assert "choose another folder" in told
 
 
 def test_half_written_files_are_swept_away(tmp_path):

@@ -47,10 +47,10 @@ def about(dtype: torch.dtype) -> str:
 
 
 def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str | None:
-    if not is_built():
-        return f"not part of this installation ({_why_not_built()}); install a C++ compiler, then disa_fast anew"
     if device.type != "cpu":
         return f"runs on CPUs, not on {device}"
+    if not is_built():
+        return f"not part of this installation ({_why_not_built()}); install a C++ compiler, then disa_fast anew"
     if dtype not in STORAGE:
         return f"computes in float32, not in {dtype}"
     return None

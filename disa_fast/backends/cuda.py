@@ -100,6 +100,10 @@ def about(dtype: torch.dtype) -> str:
 
 
 def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        found = gpu(device)  # before all that would not help there, and loading nothing
+        if isinstance(found, str):
+            return found
     if dtype != torch.bfloat16:
         return f"computes in bfloat16, not in {dtype}"
     if rows > MAX_ROWS:
@@ -294,8 +298,12 @@ def _up(size: int, multiple: int) -> int:
 
 def gpu(device: torch.device) -> Gpu | str:
     """The GPU with the kernel loaded and checked; or why there is none."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return "runs on NVIDIA GPUs, of which torch sees none" if device.type == "cuda" else f"runs on NVIDIA GPUs, not on {device}"
+    if device.type != "cuda":
+        return f"runs on NVIDIA GPUs, not on {device}"
+    if torch.version.hip:
+        return "runs on NVIDIA GPUs, not on AMD's"
+    if not torch.cuda.is_available():
+        return "runs on NVIDIA GPUs, of which torch sees none"
     index = torch.cuda.current_device() if device.index is None else device.index
     with _loading:
         if index not in _loaded:

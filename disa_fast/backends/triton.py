@@ -62,10 +62,11 @@ def about(dtype: torch.dtype) -> str:
 
 
 def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
+        interpreted = " (there only in Triton's interpreter: TRITON_INTERPRET=1)" if device.type == "cpu" else ""
+        return f"runs on GPUs, not on {device}{interpreted}"
     if not is_installed():
         return f"Triton cannot be imported ({_IMPORT_ERROR}); pip install triton"
-    if device.type != "cuda" and not (device.type == "cpu" and is_interpreted()):
-        return f"runs on GPUs, not on {device} (there only in Triton's interpreter: TRITON_INTERPRET=1)"
     if device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):

@@ -7,6 +7,8 @@ other data.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint
+from .data import CLASSES
 
 CLASSIFIER_FILE = Path(__file__).parent / "weights" / "classifier_fashion_mnist.safetensors"
 FEATURES = 16
 _MOST_FOLDS = 20
 _FEWEST_IMAGES = 40
+_MOST_UNEVEN = 1.25  # times as many of one class as of another
 
 
 class Classifier(nn.Module):
@@ -63,15 +67,14 @@ class Quality:
 
 @torch.no_grad()
 def measure(images: Tensor, labels: Tensor, classifier: Classifier) -> Quality:
-    """images: [N, 1, 28, 28] in [-1, 1], at least 40; labels: [N], the classes asked for, evenly spread.
+    """images: [N, 1, 28, 28] in [-1, 1]; labels: [N], the classes asked for, of which a distance can be taken.
 
-    Raises ValueError for fewer images.
+    Raises ValueError where `no_distance` has a reason.
     """
-    folds = min(_MOST_FOLDS, len(labels) // len(labels.unique()))
-    if len(images) < _FEWEST_IMAGES or folds < 2:
-        raise ValueError(
-            f"images: expected at least {_FEWEST_IMAGES}, two of each class, to estimate a distance, got {len(images)}"
-        )
+    reason = no_distance(labels.tolist())
+    if reason is not None:
+        raise ValueError(f"images: expected {reason}")
+    folds = min(_MOST_FOLDS, len(labels) // len(CLASSES))
     features = torch.cat([classifier(part) for part in images.clamp(-1, 1).split(500)])
     correct = classifier.logits(features).argmax(dim=1) == labels
     accuracy = float(correct.double().mean())
@@ -84,6 +87,30 @@ def measure(images: Tensor, labels: Tensor, classifier: Classifier) -> Quality:
     distance = folds * frechet_distance(features, classifier) - (folds - 1) * float(without.mean())
     half_width = 1.96 * math.sqrt((folds - 1) / folds * float((without - without.mean()).square().sum()))
     return Quality(accuracy, wilson(accuracy, len(images)), distance, (distance - half_width, distance + half_width))
+
+
+def no_distance(labels: Sequence[int]) -> str | None:
+    """Why images of these classes are not to be compared with the real ones, if so: what would have to be, and what is.
+
+    The real ones are of all ten classes alike. Images of some, however good, are far from all of them.
+    """
+    counts = Counter(labels)
+    if len(labels) < _FEWEST_IMAGES:
+        return f"at least {_FEWEST_IMAGES} images, got {len(labels)}"
+    if len(counts) < len(CLASSES):
+        there = ", ".join(name for label, name in enumerate(CLASSES) if label in counts)
+        return f"images of all {len(CLASSES)} classes, as the real ones are, got {len(counts)} ({there})"
+    if max(counts.values()) > _MOST_UNEVEN * min(counts.values()):
+        return f"as many images of each class, as the real ones are, got {min(counts.values())} to {max(counts.values())}"
+    return None
+
+
+@torch.no_grad()
+def measure_accuracy(images: Tensor, labels: Tensor, classifier: Classifier) -> tuple[float, tuple[float, float]]:
+    """The accuracy alone and its interval, as in `measure`, for any number of images of any classes."""
+    features = torch.cat([classifier(part) for part in images.clamp(-1, 1).split(500)])
+    accuracy = float((classifier.logits(features).argmax(dim=1) == labels).double().mean())
+    return accuracy, wilson(accuracy, len(images))
 
 
 def fid_class() -> type:
