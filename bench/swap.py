@@ -154,8 +154,9 @@ def measured(case: Case, turns: int) -> dict[str, Any]:
 def line(found: dict[str, Any]) -> str:
     low, high = found["quartiles"]
     return (
-        f"{found['model']:12} AR step {found['ar_step']:6.2f} s, check {found['check']:5.2f} s ({found['check_over_ar_step']:.2f}), "
-        f"again {1e3 * found['check_again']:5.1f} ms, image {found['image']:6.1f} s, followed for {100 * found['follow_share']:.3f} %, "
+        f"{found['model']:12} AR step {found['ar_step']:6.2f} s, check {found['check']:5.2f} s "
+        f"({found['check_over_ar_step']:.2f}), again {1e3 * found['check_again']:5.1f} ms, image {found['image']:6.1f} s, "
+        f"followed for {100 * found['follow_share']:.3f} %, "
         f"with over without {found['with_over_without']:.3f} ({low:.3f} to {high:.3f})"
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .adapters import adapter_of
 from .adapters.accelerated import HANDLE, Accelerated, forget_copied_shadows
+from .adapters.check import LOCK
 from .schedule import Schedule
 from .solvers import DEFAULT_CLIP, Solver
 
@@ -53,12 +54,13 @@ def accelerate(
     UnsupportedError for an object that is not recognised, or whose own code computes something else,
     ValueError for bad settings.
     """
-    handle = handle_of(model)
-    if handle is None:
-        handle = adapter_of(model)(model)
-    handle.configure(schedule, solver, clip, backend, dtype, check)
-    handle.install()
-    return handle
+    with LOCK:
+        handle = handle_of(model)
+        if handle is None:
+            handle = adapter_of(model)(model)
+        handle.configure(schedule, solver, clip, backend, dtype, check)
+        handle.install()
+        return handle
 
 
 def restore(model: nn.Module) -> None:

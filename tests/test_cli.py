@@ -381,8 +381,8 @@ def test_a_demo_of_few_images_or_classes(tmp_path, capsys, monkeypatch, more, se
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--clip", "2000"], "--clip: expected a timestep from 0 to 999, got 2000"),
-        (["--clip", "-1"], "--clip: expected a timestep from 0 to 999, got -1"),
+        (["--clip", "2000"], "--clip: expected a timestep (a whole number from 0 to 999) or None, got 2000"),
+        (["--clip", "-1"], "--clip: expected a timestep (a whole number from 0 to 999) or None, got -1"),
         (["--solver", "dpm_solver", "--clip", "900"], "--clip: only 'ddpm' and 'ddim' take one"),
         (["--cfg", "-2"], "--cfg: expected a number of at least 0, got -2"),
         (["--cfg", "nan"], "--cfg: expected a number of at least 0, got nan"),

@@ -369,7 +369,8 @@ def test_a_soak_that_cannot_be_is_skipped(measure, tmp_path, monkeypatch):
         assert report.failures == []
         return report.skipped, report.soaked.get("calls")
 
-    monkeypatch.setattr(triton, "refuses", lambda *call: "not today")
+    for backend in (cuda, triton):
+        monkeypatch.setattr(backend, "refuses", lambda *call: "not today")
     assert said(("cuda", "triton")) == (["soak, cuda: not today", "soak, triton: not today"], None)
     assert said(("triton", "hoisted")) == (["soak, triton: not today"], 20)
     monkeypatch.setattr(measure, "SOAK_SECONDS", 1e-9)

@@ -1,6 +1,7 @@
 """accelerate reads the diffusion of an object, serves what tables express, and proves it; the rest it refuses."""
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from compare import assert_close
 from hosts import HostDiffLoss, MeanType, Process, VarType, cosine, draw, host, linear, spaced
 from torch import nn
+from upstream_like import AnnealedDiffLoss, UpstreamLikeMAR
 
 from disa_fast import UnsupportedError, accelerate, restore, solvers
 from disa_fast.adapters import check, check_mlp
@@ -126,6 +128,77 @@ class NoTemperature(HostDiffLoss):
         return super().sample(z, 1.0, cfg)
 
 
+class WritesZ(HostDiffLoss):
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        return self.drawn(z.mul_(1.5), temperature, cfg)
+
+
+class DrawsMore(HostDiffLoss):
+    """The same tokens, and another stream of random numbers afterwards."""
+
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        drawn = self.drawn(z, temperature, cfg)
+        torch.rand(())
+        return drawn
+
+
+class DrawsFromNumPy(HostDiffLoss):
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        np.random.rand()
+        return self.drawn(z, temperature, cfg)
+
+
+class GuidedAboveOne(HostDiffLoss):
+    def guided(self, conditional, unconditional, cfg):
+        return super().guided(conditional, unconditional, cfg) if cfg > 1 else conditional
+
+
+class CappedGuidance(HostDiffLoss):
+    def guided(self, conditional, unconditional, cfg):
+        return super().guided(conditional, unconditional, min(float(cfg), 5.0))
+
+
+class TensorGuidance(HostDiffLoss):
+    def guided(self, conditional, unconditional, cfg):
+        return super().guided(conditional, unconditional, cfg * 1.1 if isinstance(cfg, torch.Tensor) else cfg)
+
+
+class ColdAtOne(HostDiffLoss):
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        return self.drawn(z, 0.0 if temperature == 1.0 else temperature, cfg)
+
+
+class LouderNoise(HostDiffLoss):
+    """By 5 %: hidden where the first step, at t = 999, makes numbers of a hundred thousand."""
+
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        return self.drawn(z, 1.05 * temperature, cfg)
+
+
+class FirstHalf(HostDiffLoss):
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        drawn = self.drawn(z, temperature, cfg)
+        return drawn if cfg == 1.0 else drawn[: len(z) // 2]
+
+
+class Float64(HostDiffLoss):
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        return self.drawn(z, temperature, cfg).double()
+
+
+class MicroBatches(HostDiffLoss):
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        return torch.cat([self.drawn(part, temperature, cfg) for part in z.split(4)])
+
+
 class Unreadable(HostDiffLoss):
     def __init__(self, net):
         super().__init__(net)
@@ -154,6 +227,17 @@ REFUSED = {
     "noise of its own": (NoisyAtTheEnd, {}, "relative difference"),
     "temperature without effect": (NoTemperature, {}, "relative difference"),
     "coefficients of its own": (MiddleBetas, {}, "relative difference"),
+    "z written in place": (WritesZ, {}, "changes z in place"),
+    "random numbers afterwards": (DrawsMore, {}, "draws other random numbers than ours"),
+    "NumPy's random numbers": (DrawsFromNumPy, {}, "draws other random numbers than ours"),
+    "guidance above 1 alone": (GuidedAboveOne, {}, "guided, .*cfg = 0.5"),
+    "guidance capped at 5": (CappedGuidance, {}, "guided, .*cfg = 7"),
+    "guidance by a tensor": (TensorGuidance, {}, "guided, .*cfg = 7"),
+    "a temperature of exactly 1": (ColdAtOne, {}, "temperature = 1[^.]"),
+    "noise 5 % louder": (LouderNoise, {}, "relative difference"),
+    "the first half alone": (FirstHalf, {}, r"gives \[2, 16\] of torch.float32 .*, where ours gives \[4, 16\]"),
+    "float64": (Float64, {}, r"gives \[2, 16\] of torch.float64 .*, where ours gives \[2, 16\] of torch.float32"),
+    "batches of four rows": (MicroBatches, {}, "relative difference|draws other random numbers"),
     "no diffusion that shows": (Unreadable, {}, "expected a diffusion with timestep_map or betas"),
 }
 
@@ -161,11 +245,38 @@ REFUSED = {
 @pytest.mark.parametrize(("kind", "options", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_they_do_not_is_refused(kind, options, message):
     model = host(kind, **options)
-    before = None if kind is Unreadable else draw(model)
+    before = None if kind in (Unreadable, Float64) else draw(model)  # which do not draw, or not with this loop
     with pytest.raises(UnsupportedError, match=message):
         accelerate(model, **OWN)
     assert "sample" not in vars(model.diffloss)
     assert before is None or torch.equal(draw(model), before)
+
+
+class OtherAnnealing(AnnealedDiffLoss):
+    """Says linear, and is not."""
+
+    def __init__(self, net, way):
+        super().__init__(net)
+        self.way = way
+
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0, step=0, ar_num_iter=64):
+        diffusions, last = self.gen_diffusion, ar_num_iter - 1
+        noise, network = self._start(z, cfg)
+        index = {
+            "quadratic": lambda: int(((last - step) / last) ** 2 * (len(diffusions) - 1)),
+            "rounded": lambda: round((last - step) / last * (len(diffusions) - 1)),
+            "by K": lambda: int((ar_num_iter - step) / ar_num_iter * (len(diffusions) - 1)),
+            "always of 64": lambda: max(0, int((63 - step) / 63 * (len(diffusions) - 1))),
+        }[self.way]()
+        return diffusions[index].sample(network, noise, temperature)
+
+
+@pytest.mark.parametrize("way", ["quadratic", "rounded", "by K", "always of 64"])
+def test_annealing_is_proven_at_every_step(way):
+    model = UpstreamLikeMAR(lambda net: OtherAnnealing(net, way))
+    with pytest.raises(UnsupportedError, match=r"at AR step \d+ of \d+ its own diffloss.sample takes the diffusion of \d+ steps"):
+        accelerate(model)
 
 
 def test_an_unknown_prediction_is_named():
@@ -255,6 +366,13 @@ NETWORKS = [
 ]  # fmt: skip
 
 
+def clamped_far_out(net):
+    net.cond_embed.register_forward_pre_hook(lambda module, args: (args[0].clamp(-8, 8),))
+
+
+NETWORKS.append(clamped_far_out)
+
+
 @pytest.mark.parametrize("change", NETWORKS)
 @pytest.mark.parametrize("zero", [False, True], ids=["trained", "as initialised"])
 def test_same_names_another_function(change, zero):
@@ -314,7 +432,6 @@ class Counting(HostDiffLoss):
         self.seen.append(len(z))
         self.total += 1
         self.last = z
-        np.random.rand()
         return super().sample(z, temperature, cfg)
 
 
@@ -354,7 +471,7 @@ def test_a_failing_check_leaves_it_as_before():
 
     model = host(Failing)
     state = torch.get_rng_state()
-    with pytest.raises(UnsupportedError, match=r"its own diffloss.sample fails on two rows .*RuntimeError: no guidance today"):
+    with pytest.raises(UnsupportedError, match=r"its own diffloss.sample fails .*RuntimeError: no guidance today"):
         accelerate(model, **OWN)
     assert (model.diffloss.calls, model.diffloss.seen) == (0, [])
     assert torch.equal(torch.get_rng_state(), state)
@@ -408,6 +525,140 @@ def test_it_is_repeated_for_one_that_has(change):
         accelerate(model, **OWN)
 
 
+def patched(monkeypatch, owner, name, function):
+    monkeypatch.setattr(owner, name, function)
+
+
+def on_the_class(model, monkeypatch):
+    forward = type(model.diffloss.net.res_blocks[0]).forward
+    patched(monkeypatch, type(model.diffloss.net.res_blocks[0]), "forward", lambda self, x, y: 1.01 * forward(self, x, y))
+
+
+def on_torchs_class(model, monkeypatch):
+    patched(monkeypatch, nn.SiLU, "forward", lambda self, x: nn.functional.gelu(x))
+
+
+def on_the_diffusions_class(model, monkeypatch):
+    step = Process.step
+    patched(monkeypatch, Process, "step", lambda self, *args: 1.01 * step(self, *args))
+
+
+def a_helper_on_the_class(model, monkeypatch):
+    guided = HostDiffLoss.guided
+    patched(monkeypatch, HostDiffLoss, "guided", lambda self, c, u, cfg: guided(self, c, u, 1.1 * cfg))
+
+
+def numbers_in_place(model, monkeypatch):
+    model.diffloss.gen_diffusion.before[:] *= 0.99
+
+
+def private_number(model, monkeypatch):
+    model.diffloss._gain = 2.0
+
+
+class WithGain(HostDiffLoss):
+    def __init__(self, net):
+        super().__init__(net)
+        self._gain = 1.0
+
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        return self._gain * self.drawn(z, temperature, cfg)
+
+
+class WithOutput(HostDiffLoss):
+    """A layer beside the network, the identity until it is loaded."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.output = nn.Linear(16, 16, bias=False).requires_grad_(False)
+        self.output.weight.copy_(torch.eye(16))
+
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0):
+        return self.output(self.drawn(z, temperature, cfg))
+
+
+def parameters_beside_the_network(model, monkeypatch):
+    model.diffloss.output.weight.data.mul_(1.1)
+
+
+CHANGES = [
+    (on_the_class, HostDiffLoss), (on_torchs_class, HostDiffLoss), (on_the_diffusions_class, HostDiffLoss),
+    (a_helper_on_the_class, HostDiffLoss), (numbers_in_place, HostDiffLoss), (private_number, WithGain),
+    (parameters_beside_the_network, WithOutput),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "kind"), CHANGES, ids=[change.__name__ for change, _ in CHANGES])
+@pytest.mark.parametrize("when", ["in between", "while accelerated"])
+def test_what_changes_the_function_is_noticed(change, kind, when, monkeypatch):
+    model = host(kind)
+    accelerate(model, **OWN)
+    draw(model)
+    if when == "in between":
+        restore(model)
+    change(model, monkeypatch)
+    with pytest.raises(UnsupportedError):
+        accelerate(model, **OWN) if when == "in between" else draw(model)
+
+
+def test_two_threads_may_accelerate_one_model():
+    model = host()
+    before, weights = draw(model), copy.deepcopy(model.diffloss.net.state_dict())
+    errors = []
+
+    def run():
+        try:
+            for _ in range(3):
+                check.remember(model, b"", {})
+                check._proven.pop(model, None)
+                accelerate(model, **OWN)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    restore(model)
+    assert not errors
+    assert all(torch.equal(value, weights[name]) for name, value in model.diffloss.net.state_dict().items())
+    assert torch.equal(draw(model), before)
+
+
+def test_a_thread_that_draws_meanwhile_sees_nothing_of_the_proof():
+    model, wrong, done = host(), [], threading.Event()
+    x, t, z = torch.ones(2, 16), torch.tensor([5, 900]), torch.ones(2, 48)
+    expected = model.diffloss.net(x, t, z)
+
+    def run():
+        while not done.is_set():
+            wrong.append(not torch.equal(model.diffloss.net(x, t, z), expected))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(3):
+        check._proven.pop(model, None)
+        with accelerate(model, **OWN):
+            pass
+    done.set()
+    thread.join()
+    assert wrong and not any(wrong)
+
+
+def test_an_object_that_cannot_be_copied_is_proven_itself():
+    class Single(HostDiffLoss):
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one of me")
+
+    model = host(Single)
+    before = draw(model)
+    accelerate(model, **OWN)
+    assert_same(draw(model), before)
+
+
 def test_a_copy_is_proven_on_its_own(proofs):
     model = host()
     accelerate(model, **OWN)
@@ -427,7 +678,7 @@ def test_a_thousand_times_the_tolerance_would_be_noticed(monkeypatch):
 
 
 def test_a_check_without_guidance_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(check_mlp, "GUIDANCE", 1.0)
+    monkeypatch.setattr(check_mlp, "CALLS", [call for call in check_mlp.CALLS if call.cfg == 1.0])
     accelerate(host(OtherGuidance), **OWN)
 
 

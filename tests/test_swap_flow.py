@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 import warnings
 
 import flow_peers
@@ -92,13 +93,38 @@ class OwnGuidance(UpstreamXAR):
         return super().sample_tokens(cfg + (cfg > 1) * 0.2, label, flow_upper_steps, flow_lower_steps)
 
 
+class CappedGuidance(UpstreamXAR):
+    def sample_tokens(self, cfg=1.0, label=None, flow_upper_steps=50, flow_lower_steps=10):
+        return super().sample_tokens(min(cfg, 2.5), label, flow_upper_steps, flow_lower_steps)
+
+
+class OwnAnnealing(UpstreamFlowAR):
+    def sample_tokens(self, flow_upper_steps=50, flow_lower_steps=15, guidance=0.9, cfg=1.0, labels=None, progress=False):
+        return super().sample_tokens(flow_upper_steps, flow_upper_steps, guidance, cfg, labels, progress)
+
+
+class OwnLabels(UpstreamFlowAR):
+    def sample_tokens(self, flow_upper_steps=50, flow_lower_steps=15, guidance=0.9, cfg=1.0, labels=None, progress=False):
+        return super().sample_tokens(flow_upper_steps, flow_lower_steps, guidance, cfg, (labels * 7) % 1000, progress)
+
+
 class OwnInference(UpstreamXAR):
     def sample_inference(self, *args, **kwargs):
         return super().sample_inference(*args, **kwargs) * 1.01
 
 
 @pytest.mark.parametrize(
-    ("make", "kind"), [(flowar, OwnDraw), (flowar, OwnEncoder), (flowar, OwnDecoder), (xar, OwnGuidance), (xar, OwnInference)]
+    ("make", "kind"),
+    [
+        (flowar, OwnDraw),
+        (flowar, OwnEncoder),
+        (flowar, OwnDecoder),
+        (flowar, OwnAnnealing),
+        (flowar, OwnLabels),
+        (xar, OwnGuidance),
+        (xar, OwnInference),
+        (xar, CappedGuidance),
+    ],
 )
 def test_overridden_methods_are_refused(make, kind):
     model = make(kind)
@@ -171,6 +197,62 @@ def test_hooks_and_replaced_methods_are_refused_by_name(make, change, name):
     with pytest.raises(UnsupportedError, match=f"forward hooks, or methods that were replaced on the object, in {name}"):
         accelerate(model)
     accelerate(model, check=False)
+
+
+@pytest.mark.parametrize("when", ["in between", "while accelerated"])
+@pytest.mark.parametrize("what", ["module's function", "class' method"])
+def test_what_changes_the_function_is_noticed(what, when, monkeypatch):
+    """As the published sampler's module, which sample_tokens names."""
+    model = flowar()
+    accelerate(model)
+    draw(model)
+    if when == "in between":
+        restore(model)
+    if what == "module's function":
+        enlarged = UpstreamFlowAR.enlarged
+        monkeypatch.setattr(UpstreamFlowAR, "enlarged", lambda self, x, step: 1.1 * enlarged(self, x, step))
+    else:
+        forward = flow_peers.GatedMlp.forward
+        monkeypatch.setattr(flow_peers.GatedMlp, "forward", lambda self, x: 1.1 * forward(self, x))
+    with pytest.raises(UnsupportedError, match="generates another image than ours"):
+        accelerate(model) if when == "in between" else draw(model)
+
+
+def test_dropout_in_training_mode_is_refused():
+    model = random_parameters(UpstreamFlowAR(img_size=64, scale=(1, 2, 4), diffloss_w=64, diffloss_d=1, proj_dropout=0.1, **SIZES))
+    accelerate(model.train())
+    with pytest.raises(UnsupportedError, match=r"in training mode, where .* drop values.* call model\.eval\(\)"):
+        draw(model)
+    draw(model.eval())
+
+
+def test_two_steps_of_an_xar_are_told():
+    model = xar()
+    accelerate(model)
+    with pytest.warns(UserWarning, match="a cell but the first has 2 steps"):
+        draw(model, flow_upper_steps=5, flow_lower_steps=2)
+
+
+@KINDS
+def test_two_threads_may_accelerate_one_model(make):
+    model = make()
+    before, errors = draw(model), []
+
+    def run():
+        try:
+            accelerate(model)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    restore(model)
+    assert not errors
+    assert "sample_tokens" not in vars(model)
+    assert torch.equal(draw(model), before)
 
 
 @KINDS

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_close
-from hosts import HostDiffLoss, draw, host
+from hosts import HostDiffLoss, Process, draw, host, linear, spaced
 from torch import nn
 from torch.nn.utils import parametrizations
 from upstream_like import AnnealedDiffLoss, UpstreamLikeMAR, small_mar
@@ -161,11 +161,14 @@ def test_a_network_that_became_int8_is_refused_by_name():
 def test_another_diffusion_asks_for_another_accelerate():
     model = host()
     accelerate(model, **OWN)
-    model.diffloss.gen_diffusion = copy.copy(model.diffloss.gen_diffusion)
-    with pytest.raises(UnsupportedError, match="gen_diffusion was replaced since it was accelerated; call accelerate again"):
-        draw(model)
-    accelerate(model, **OWN)
     draw(model)
+    model.diffloss.gen_diffusion = Process(linear(), spaced(9))
+    with pytest.raises(UnsupportedError, match=r"what diffloss samples with changed since .* call accelerate again"):
+        draw(model)
+    accelerate(model, schedule="constant:9", clip=None)
+    changed = draw(model)
+    restore(model)
+    assert_same(changed, draw(model))
 
 
 class Int8(nn.Parameter):

@@ -16,7 +16,7 @@ from ..checks import check_dtype, check_flag
 from ..schedule import Schedule
 from ..solvers import Solver
 from ..watch import TokenWatch
-from .check import not_finite
+from .check import LOCK, not_finite
 
 HANDLE = "_disa_fast_handle"
 SKIPPED = "skipped: check=False"
@@ -107,8 +107,7 @@ class Accelerated(ABC):
         check_flag("check", check)
         if dtype is not None:
             check_dtype(dtype)
-        with self._as_original():
-            settings, found = self._resolved(schedule, solver, clip, backend, dtype, check)
+        settings, found = self._resolved(schedule, solver, clip, backend, dtype, check)
         self._settings_before = self._settings if self.is_installed else None
         self._settings, self._check = settings, found
         self._adopt()
@@ -162,9 +161,10 @@ class Accelerated(ABC):
 
     def restore(self) -> None:
         """Put the object back as it was. Safe to call twice."""
-        self._entered.clear()
-        while self._shadowed:
-            _unshadow(*self._shadowed.pop())
+        with LOCK:
+            self._entered.clear()
+            while self._shadowed:
+                _unshadow(*self._shadowed.pop())
 
     def _as_original(self) -> _AsOriginal:
         return _AsOriginal(self._shadowed)

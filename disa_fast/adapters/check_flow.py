@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .check import SEED, DifferenceError, compared, hooked, in_float32, is_degenerate, parameters_made_by, random_like, refuse
+from .check import (
+    SEED,
+    DifferenceError,
+    Shadowed,
+    compared,
+    hooked,
+    in_float32,
+    is_degenerate,
+    parameters_made_by,
+    random_like,
+    refuse,
+)
 
 BOUND = 1e-4  # relative, of a whole image in float32
 
 
-def refuse_hooks(model: nn.Module) -> None:
+def refuse_hooks(model: nn.Module, shadowed: Shadowed) -> None:
     """Raise UnsupportedError for hooks and replaced methods, none of which would be called."""
-    names = hooked(model)
+    names = hooked(model, shadowed)
     if names:
         raise UnsupportedError(
             f"model: forward hooks, or methods that were replaced on the object, in {', '.join(names[:4])}"
@@ -24,34 +37,49 @@ def refuse_hooks(model: nn.Module) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Image:
+    """An image to compare: its class, counted over all of them, its guidance scale, and whether with random
+    weights, which tell one function from another whatever the object's are, or with the object's."""
+
+    label: int
+    cfg: float
+    as_random: bool
+
+    @property
+    def name(self) -> str:
+        return "guided" if self.cfg > 1 else "unguided"
+
+
+IMAGES = (Image(-1, 5.0, as_random=True), Image(1, 1.0, as_random=False))
+
+
 def prove(
     model: nn.Module,
-    theirs: Callable[[float], Tensor],
-    ours: Callable[[str, str, float], Tensor],
+    theirs: Callable[[Image], Tensor],
+    ours: Callable[[Image, str, str], Tensor],
     solvers: Sequence[str],
     backend: str,
-    guidance: float,
 ) -> Mapping[str, object]:
-    """The errors of ours against the object's own, each relative: "guided" with random weights, which
-    tell one function from another whatever the object's are, and "unguided" with the object's, in
-    float32; "error", the larger, "bound", and "solver", that of `solvers` which the object's own is.
+    """The errors of ours against the object's own over IMAGES, each relative, under "guided" and
+    "unguided"; "error", the larger, and its "bound"; "solver", that of `solvers` which the object's own is.
 
-    theirs(cfg), ours(backend, solver, cfg): an image each, from the same seed, over the parameters
-    that the object has at the time. Raises UnsupportedError, with the errors, where they differ.
+    theirs(image), ours(image, backend, solver): from the same seed, over the parameters that the model
+    has at the time. Raises UnsupportedError, with the errors, where they differ.
     """
     degenerate = is_degenerate(model)
     refusals = []
     for solver in solvers:
-        errors = {}
+        errors: dict[str, tuple[float, float]] = {}
         try:
-            for cfg in (guidance, 1.0):
-                as_random = cfg > 1 or degenerate
-                with parameters_made_by(model, _random if as_random else in_float32):
-                    errors["guided" if cfg > 1 else "unguided"] = _error(theirs, ours, backend, solver, cfg)
+            for image in IMAGES:
+                with parameters_made_by(model, _random if image.as_random or degenerate else in_float32):
+                    errors[image.name] = _compared(theirs, ours, backend, solver, image)
         except UnsupportedError as refusal:
             refusals.append(refusal)
             continue
-        return {"error": max(errors.values()), "bound": BOUND, **errors, "solver": solver}
+        error, bound = max(errors.values())
+        return {"error": error, "bound": bound, **{name: each for name, (each, _) in errors.items()}, "solver": solver}
     raise refusals[0]
 
 
@@ -59,31 +87,30 @@ def _random(name: str, parameter: Tensor) -> Tensor:
     return random_like(parameter)
 
 
-def _error(
-    theirs: Callable[[float], Tensor], ours: Callable[[str, str, float], Tensor], backend: str, solver: str, cfg: float
-) -> float:
+def _compared(
+    theirs: Callable[[Image], Tensor], ours: Callable[[Image, str, str], Tensor], backend: str, solver: str, image: Image
+) -> tuple[float, float]:
     torch.manual_seed(SEED)
     try:
-        their_image = theirs(cfg)
+        their_image = theirs(image)
     except Exception as error:
         raise UnsupportedError(
-            f"model: its own sample_tokens fails on one image (cfg = {cfg:g}): {type(error).__name__}: {error}; nothing is proven "
-            "then. Pass check=False to accelerate it all the same"
+            f"model: its own sample_tokens fails on one image (cfg = {image.cfg:g}): {type(error).__name__}: {error}; nothing is "
+            "proven then. Pass check=False to accelerate it all the same"
         ) from error
     torch.manual_seed(SEED)
-    our_image = ours(backend, solver, cfg)
+    our_image = ours(image, backend, solver)
     their_image = their_image if isinstance(their_image, Tensor) else torch.full_like(our_image, torch.nan)
     try:
-        return compared(their_image, our_image, least=BOUND)[0]
+        return compared(their_image, our_image, least=BOUND)
     except DifferenceError as difference:
         torch.manual_seed(SEED)
-        plain = ours("reference", solver, cfg)  # whose difference from the backend's is what rounding makes here
-        try:
-            return compared(their_image, our_image, plain, BOUND)[0]
-        except DifferenceError:
-            pass
+        plain = ours(image, "reference", solver)  # whose difference from the backend's is what rounding makes here
+        if their_image.shape == our_image.shape:
+            with contextlib.suppress(DifferenceError):
+                return compared(their_image, our_image, plain, BOUND)
         raise refuse(
-            f"its own sample_tokens generates another image than ours (one image, {'guided' if cfg > 1 else 'unguided'})",
+            f"its own sample_tokens generates another image than ours (one image, {image.name})",
             difference,
             "names and shapes are the same, so a method, a sampler or a module's computation is another",
             "Served are FlowAR and xAR as published, with Euler and Euler-Maruyama sampling",

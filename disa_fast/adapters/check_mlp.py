@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from ..heads.mlp import draw_noise, draws_of
 from ..schedule import Schedule, steps_at
 from ..solvers import StepTable, resolve
 from ..solvers.diffusion import Diffusion
+from .calls import signature_of
 from .check import (
     HALF_BOUND,
     LEAST_BOUND,
@@ -28,16 +31,48 @@ from .check import (
     parameters_made_by,
     random_like,
     refuse,
+    structure_of,
 )
 from .diffusion import SERVED, Chain, rows_of, shortened, table_of
 
 ROWS = 2
-GUIDANCE = 3.0
-TEMPERATURE = 0.9
-LONG = 7  # steps; of a longer trajectory some are run
+LONG = 6  # steps; of a longer trajectory some are run
 K = 64  # of the AR loop that an object is told of
+OTHER_K = 5
 TIMES = (37, 901)
 SMALL = 1e-3  # of weights whose layer norms see a variance of about their epsilon
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `sample` to compare: trajectories, arguments, and whether the highest timesteps are among
+    the steps, whose large numbers would hide the others'."""
+
+    trajectories: int
+    cfg: float
+    temperature: float
+    with_highest: bool
+    cfg_is_tensor: bool = False
+
+    @property
+    def name(self) -> str:
+        return "guided" if self.cfg != 1.0 else "unguided"
+
+    @property
+    def rows(self) -> int:
+        return self.trajectories * (2 if self.cfg != 1.0 else 1)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.rows} rows, cfg = {self.cfg:g}, temperature = {self.temperature:g}"
+
+
+CALLS = (
+    Call(2, 1.0, 0.9, with_highest=True),
+    Call(2, 3.0, 0.9, with_highest=False),
+    Call(5, 1.0, 1.0, with_highest=False),
+    Call(5, 0.5, 1.0, with_highest=True),
+    Call(2, 7.0, 1.3, with_highest=True, cfg_is_tensor=True),
+)
 
 GUIDED_SERVED = "served is guidance u + s (c - u) of the prediction, rows in halves, conditional first"
 
@@ -57,11 +92,16 @@ class Own:
     schedule: Schedule | None
     is_told: bool
 
-    def chain_at(self, k: int) -> int:
+    def chain_at(self, k: int, K: int) -> int:
         """The place among the chains of the one that AR step k of K takes."""
         if self.schedule is None or len(self.chains) == 1:
             return 0
         return steps_at(self.schedule, k, K) - steps_at(self.schedule, K - 1, K)
+
+    def is_same(self, other: Own) -> bool:
+        """Whether another object does the same by itself."""
+        facts = ((one.solver, repr(one.schedule), one.is_told, one.process, one.chains) for one in (self, other))
+        return structure_of(next(facts)) == structure_of(next(facts))
 
     def table_at(self, place: int, solver: str) -> StepTable:
         chain = self.chains[place]
@@ -91,7 +131,7 @@ def prove(
     others: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The errors of ours against the object's own, under "network", "unguided" and "guided", each
-    relative and over ROWS rows, "error", the largest of them, "bound", what it was allowed, "backend",
+    relative and over a few rows, "error", the largest of them, "bound", what it was allowed, "backend",
     that of the backend against plain PyTorch, and "solver", what the object's own `sample` does.
 
     others: values of other arguments of the object's `sample`. Weights are those of the object, in
@@ -103,6 +143,8 @@ def prove(
         _check_network(net, found, "random weights")
     with parameters_made_by(net, in_float32):
         _check_network(net, found, "its own weights")
+        if own.schedule is not None and len(own.chains) > 1:
+            _check_annealing(diffloss, MLPHead.from_module(net), own, others or {})
         if is_degenerate(net):
             with parameters_made_by(net, lambda _, p: random_like(p)):
                 solver = _check_sample(diffloss, net, own, others or {}, found)
@@ -111,7 +153,7 @@ def prove(
     worst = max(found.errors, key=found.errors.__getitem__)
     errors: dict[str, object] = {"error": found.errors[worst], "bound": found.bounds[worst], **found.errors}
     errors["backend"] = _backend_error(net, own, solver, backend, dtype)
-    return errors | {"rows": ROWS, "solver": solver}
+    return errors | {"solver": solver}
 
 
 # The network ------------------------------------------------------------------------------------------------------------
@@ -126,6 +168,7 @@ def _small(name: str, parameter: Tensor) -> Tensor:
 def _check_network(net: nn.Module, found: Found, weights: str) -> None:
     head = MLPHead.from_module(net)
     x, z = _numbers(head, ROWS)
+    x[1], z[1] = 30 * x[1], 10 * z[1]  # what is clamped far out shows
     t = torch.tensor(TIMES[:ROWS], device=head.device)
     try:
         theirs = net.forward(x, t, z)
@@ -152,8 +195,9 @@ def _check_network(net: nn.Module, found: Found, weights: str) -> None:
 
 def _numbers(head: MLPHead, rows: int) -> tuple[Tensor, Tensor]:
     """(x, z) random, the same each time, in the parameters' dtype."""
-    generator = torch.Generator().manual_seed(SEED)
-    x, z = (torch.randn(rows, size, generator=generator) for size in (head.spec.in_channels, head.spec.z_channels))
+    generator = torch.Generator(device="cpu").manual_seed(SEED)
+    options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    x, z = (torch.randn(rows, size, **options) for size in (head.spec.in_channels, head.spec.z_channels))
     return x.to(head.device, head.dtype), z.to(head.device, head.dtype)
 
 
@@ -161,61 +205,63 @@ def _numbers(head: MLPHead, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_sample(diffloss: Any, net: nn.Module, own: Own, others: Mapping[str, object], found: Found) -> str:
-    """Compare draws of the object's own `sample` with ours, step counts shortened where the object's
-    diffusion can be. Returns the solver that the object uses."""
+    """Compare draws of the object's own `sample` with ours. Returns the solver that the object uses.
+
+    Of long trajectories some steps are run, for which the object gets copies of its diffusions. Where
+    such copies do not do what the diffusions do, since they compute a step's coefficients from its
+    neighbours, whole trajectories are run, and the lowest steps alone.
+    """
     candidates = ["ddpm", "ddim"] if own.solver in ("ddpm", "ddim") else [own.solver]
     candidates.sort(key=lambda solver: solver != own.solver)
     refusals = []
-    for short in (True, False):
+    for scattered in (True, False):
         for solver in candidates:
             attempt = Found(dict(found.errors), dict(found.bounds))
             try:
-                _check_draws(diffloss, net, own, solver, short, others, attempt)
-                found.errors, found.bounds = attempt.errors, attempt.bounds
-                return solver
+                _check_draws(diffloss, net, own, solver, scattered, others, attempt)
             except UnsupportedError as refusal:
                 refusals.append(refusal)
-        if not _can_be_shortened(own):
-            break
-    raise refusals[-len(candidates)]
-
-
-def _can_be_shortened(own: Own) -> bool:
-    return any(not isinstance(chain, int) and len(chain) > LONG for chain in own.chains)
+                continue
+            found.errors, found.bounds = attempt.errors, attempt.bounds
+            return solver
+    raise refusals[0]
 
 
 def _check_draws(
-    diffloss: Any, net: nn.Module, own: Own, solver: str, short: bool, others: Mapping[str, object], found: Found
+    diffloss: Any, net: nn.Module, own: Own, solver: str, scattered: bool, others: Mapping[str, object], found: Found
 ) -> None:
     head, fine = MLPHead.from_module(net), []
-    _, z = _numbers(head, 2 * ROWS)
-    steps = (0, K - 1) if own.is_told else (0,)
-    for k, cfg in ((k, cfg) for cfg in (1.0, GUIDANCE) for k in steps):
-        rows = z if cfg != 1.0 else z[:ROWS]
-        place = own.chain_at(k)
+    for i, call in enumerate(CALLS):
+        k = (0, K - 1)[i % 2] if own.is_told else 0
+        place = own.chain_at(k, K)
         table = own.table_at(place, solver)
-        name = "guided" if cfg != 1.0 else "unguided"
-        with _few_steps(diffloss, own) if short else contextlib.nullcontext():
-            theirs = _their_draw(diffloss, rows, cfg, {"step": k, "ar_num_iter": K} if own.is_told else {}, others)
-        if short:
-            table = rows_of(table, [len(table) - 1 - i for i in reversed(_kept_of(len(table)))]) if _is_chain(own, place) else table
-        ours, truth = _our_draws(head, rows, table, _scale(own, cfg))
+        kept = _kept_of(len(table), i, scattered) if _is_chain(own, place) else range(len(table))
+        told = {"step": k, "ar_num_iter": K} if own.is_told else {}
+        table = rows_of(table, [len(table) - 1 - at for at in reversed(kept)])
+        with _few_steps(diffloss, own, i, scattered):
+            theirs, after = _their_draw(diffloss, head, call, told, others)
+        ours, truth, ours_after = _our_draws(head, call, table, unguided=own.solver.startswith("dpm"))
+        where = f"({call}, {len(table)} steps" + (f", step {k} of {K}" if own.is_told else "") + ")"
+        if theirs.shape != (call.rows, head.spec.in_channels) or theirs.dtype != ours.dtype:
+            raise UnsupportedError(
+                f"model: its own diffloss.sample gives {list(theirs.shape)} of {theirs.dtype} {where}, where ours gives "
+                f"{[call.rows, head.spec.in_channels]} of {ours.dtype}, as MAR's does"
+            )
         try:
-            found.add(name, *compared(theirs[: len(ours)], ours, truth))
+            found.add(call.name, *compared(theirs[: len(ours)], ours, truth))
         except DifferenceError as difference:
             raise refuse(
-                f"its own diffloss.sample draws other tokens than ours ({name}, {len(table)} steps, cfg = {cfg:g}, "
-                f"temperature = {TEMPERATURE}" + (f", step {k} of {K}" if own.is_told else "") + ")",
+                f"its own diffloss.sample draws other tokens than ours {where}",
                 difference,
-                _why(name, fine, found),
+                _why(call.name, fine, found),
                 f"{SERVED[0].upper()}{SERVED[1:]}; {GUIDED_SERVED}",
             ) from None
-        fine.append(name)
-
-
-def _scale(own: Own, cfg: float) -> float:
-    """The guidance of our draw: the published DPM-Solver has none."""
-    return 1.0 if own.solver.startswith("dpm") else cfg
+        if after != ours_after:
+            raise UnsupportedError(
+                f"model: its own diffloss.sample draws other random numbers than ours {where}, also where the tokens are the same: "
+                "what is generated after it would differ. Pass check=False to accelerate it all the same"
+            )
+        fine.append(call.name)
 
 
 def _why(name: str, fine: list[str], found: Found) -> str:
@@ -233,61 +279,137 @@ def _is_chain(own: Own, place: int) -> bool:
     return not isinstance(own.chains[place], int)
 
 
-def _kept_of(count: int) -> list[int]:
-    """Which steps of a trajectory, ascending in time, are run."""
-    if count <= LONG:
+def _kept_of(count: int, call: int, scattered: bool) -> list[int]:
+    """Which steps of a trajectory, ascending in time, are run in one of CALLS: other ones in each."""
+    with_highest = CALLS[call].with_highest
+    if count <= LONG or (with_highest and not scattered):
         return list(range(count))
-    return sorted({0, 1, count // 4, count // 2, 3 * count // 4, count - 1})
+    if not scattered:
+        return list(range(LONG))
+    highest = count - 1 if with_highest else 3 * count // 4
+    between = (highest * (j + (call + 1) / (len(CALLS) + 1)) / 3 for j in range(3))
+    return sorted({0, *map(int, between), highest})
 
 
 @contextlib.contextmanager
-def _few_steps(diffloss: Any, own: Own) -> Iterator[None]:
+def _instead(diffloss: Any, diffusions: Any) -> Iterator[None]:
+    """`diffusions` as the object's gen_diffusion."""
+    held, had = vars(diffloss), "gen_diffusion" in vars(diffloss)
+    before = held.get("gen_diffusion")
+    held["gen_diffusion"] = diffusions
+    try:
+        yield
+    finally:
+        if had:
+            held["gen_diffusion"] = before
+        else:
+            del held["gen_diffusion"]
+
+
+def _few_steps(diffloss: Any, own: Own, call: int, scattered: bool) -> contextlib.AbstractContextManager[None]:
     """The object with shortened diffusions. Where they cannot be copied, with its own."""
     diffusions = diffloss.gen_diffusion
     several = isinstance(diffusions, list | tuple)
     try:
         short = [
-            one if isinstance(chain, int) else shortened(one, len(chain), _kept_of(len(chain)))
+            one if isinstance(chain, int) else shortened(one, len(chain), _kept_of(len(chain), call, scattered))
             for one, chain in zip(diffusions if several else [diffusions], own.chains, strict=True)
         ]
     except Exception:  # whatever comes of copying somebody's object: the whole of it is run afterwards
-        short = list(diffusions) if several else [diffusions]
-    held = vars(diffloss)
-    before = {"gen_diffusion": held["gen_diffusion"]} if "gen_diffusion" in held else {}
-    held["gen_diffusion"] = type(diffusions)(short) if several else short[0]
-    try:
-        yield
-    finally:
-        held.pop("gen_diffusion")
-        held.update(before)
+        return contextlib.nullcontext()
+    return _instead(diffloss, type(diffusions)(short) if several else short[0])
 
 
-def _their_draw(diffloss: Any, z: Tensor, cfg: float, told: Mapping[str, int], others: Mapping[str, object]) -> Tensor:
-    torch.manual_seed(SEED)
+def _their_draw(
+    diffloss: Any, head: MLPHead, call: Call, told: Mapping[str, int], others: Mapping[str, object]
+) -> tuple[Tensor, list[bytes]]:
+    """(tokens, states of the random generators afterwards)."""
+    _, z = _numbers(head, call.rows)
+    given = z.clone()
+    cfg = torch.tensor([call.cfg], device=head.device) if call.cfg_is_tensor else call.cfg
+    if "device" in signature_of(diffloss.sample).parameters:
+        others = {"device": head.device, **others}
+    _seed()
     try:
-        drawn = diffloss.sample(z=z, temperature=TEMPERATURE, cfg=cfg, **told, **others)
+        drawn = diffloss.sample(z=given, temperature=call.temperature, cfg=cfg, **told, **others)
+    except _TakenError:
+        raise
     except Exception as error:
         raise UnsupportedError(
-            f"model: its own diffloss.sample fails on two rows (z {list(z.shape)}, cfg = {cfg:g}): {type(error).__name__}: "
-            f"{error}; nothing is proven then. Pass check=False to accelerate it all the same"
+            f"model: its own diffloss.sample fails ({call}): {type(error).__name__}: {error}; nothing is proven then. Pass "
+            "check=False to accelerate it all the same"
         ) from error
-    return drawn if isinstance(drawn, Tensor) else torch.full((len(z), 1), torch.nan)
+    after = _states(head.device)
+    if not torch.equal(given, z):
+        raise UnsupportedError("model: its own diffloss.sample changes z in place, which ours does not")
+    return (drawn if isinstance(drawn, Tensor) else torch.full((len(z), 1), torch.nan)), after
 
 
-def _our_draws(head: MLPHead, z: Tensor, table: StepTable, cfg: float) -> tuple[Tensor, Tensor]:
-    """(ours, ours in float64), [trajectories, channels], on the numbers of SEED."""
-    guided, wide = cfg != 1.0, torch.promote_types(z.dtype, torch.float32)
-    torch.manual_seed(SEED)
-    noise, step_noise = draw_noise(table, len(z), head.spec.in_channels, guided, *draws_of(None, z.device), wide)
-    if not guided and len(z) > ROWS:  # a guided call of an object that has no guidance: both halves start alike
-        torch.manual_seed(SEED)
-        half = draws_of(None, z.device)[0]((ROWS, head.spec.in_channels), wide)
-        noise = torch.cat([half, half])
-    drawn = [
-        head.denoise(z.to(dtype), table, cfg, TEMPERATURE, noise, step_noise, backend="reference", dtype=dtype)
+def _our_draws(head: MLPHead, call: Call, table: StepTable, unguided: bool) -> tuple[Tensor, Tensor, list[bytes]]:
+    """(ours, ours in float64), [trajectories, channels], and the states of the random generators
+    afterwards. unguided: a guided call is one without guidance whose halves start alike."""
+    _, z = _numbers(head, call.rows)
+    guided = call.cfg != 1.0
+    _seed()
+    noise, step_noise = draw_noise(table, len(z), head.spec.in_channels, guided, *draws_of(None, z.device), torch.float32)
+    after = _states(head.device)
+    cfg = call.cfg
+    if unguided and guided:
+        noise, cfg = torch.cat([noise, noise]), 1.0
+    ours, truth = (
+        head.denoise(z.to(dtype), table, cfg, call.temperature, noise, step_noise, backend="reference", dtype=dtype)
         for dtype in (z.dtype, torch.float64)
+    )
+    return ours[: call.trajectories], truth[: call.trajectories], after
+
+
+def _seed() -> None:
+    torch.manual_seed(SEED)
+    np.random.seed(SEED % 2**32)
+    random.seed(SEED)
+
+
+def _states(device: torch.device) -> list[bytes]:
+    """Of the generators that a `sample` may draw from, in comparable form."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return [
+        *(state.numpy().tobytes() for state in states),
+        repr([np.random.get_state()[1].tobytes(), np.random.get_state()[2:]]).encode(),
+        repr(random.getstate()).encode(),
     ]
-    return drawn[0][:ROWS], drawn[1][:ROWS]
+
+
+# Annealing --------------------------------------------------------------------------------------------------------------
+
+
+class _TakenError(Exception):
+    """Which of the diffusions an object takes; raised instead of sampling with it."""
+
+
+class _Taken(list):
+    def __getitem__(self, at: Any) -> Any:
+        raise _TakenError(range(len(self))[at])
+
+
+def _check_annealing(diffloss: Any, head: MLPHead, own: Own, others: Mapping[str, object]) -> None:
+    """Compare which of its diffusions the object takes at every AR step with the schedule that was read off it."""
+    for count in (K, OTHER_K):
+        for k in range(count):
+            told, taken = {"step": k, "ar_num_iter": count}, None
+            with _instead(diffloss, _Taken(diffloss.gen_diffusion)), contextlib.suppress(_TakenError, UnsupportedError):
+                try:
+                    _their_draw(diffloss, head, CALLS[0], told, others)
+                except _TakenError as error:
+                    taken = error.args[0]
+                    raise
+            expected = own.chain_at(k, count)
+            if taken != expected:
+                lowest = steps_at(own.schedule, count - 1, count)
+                theirs = "no entry of gen_diffusion" if taken is None else f"the diffusion of {lowest + taken} steps"
+                raise UnsupportedError(
+                    f"model: at AR step {k} of {count} its own diffloss.sample takes {theirs}, where {own.schedule}, as which it "
+                    f"is read, takes that of {lowest + expected}; pass schedule= and check=False"
+                )
 
 
 # The backend ------------------------------------------------------------------------------------------------------------
@@ -304,7 +426,7 @@ def _backend_error(net: nn.Module, own: Own, solver: str, backend: str, dtype: t
         torch.manual_seed(SEED)
         noise, step_noise = draw_noise(table, len(z), head.spec.in_channels, True, *draws_of(None, z.device), torch.float32)
         ours, plain, truth = (
-            head.denoise(z, table, 3.0, TEMPERATURE, noise, step_noise, backend=name, dtype=each)[:ROWS]
+            head.denoise(z, table, 3.0, 0.9, noise, step_noise, backend=name, dtype=each)[:ROWS]
             for name, each in ((chosen, dtype), ("reference", dtype), ("reference", torch.float64))
         )
     try:

@@ -17,6 +17,7 @@ from .. import backends
 from ..checks import check_shapes, is_plain
 from ..errors import UnsupportedError
 from ..heads.packing import named_tensors
+from ..models.flow_sampling import FlowStep
 from ..models.flowar import FlowAR
 from ..models.xar import XAR
 from ..schedule import Linear, Schedule, as_schedule
@@ -37,7 +38,7 @@ class AcceleratedFlow(Accelerated):
     system: ClassVar[str]
     default_schedule: ClassVar[str]
     own_solver: ClassVar[str]
-    few_steps: ClassVar[int]  # as few as the published sampler does right
+    few_steps: ClassVar[tuple[int, int]]  # early and late, as few as the published sampler does right
     required: ClassVar[tuple[str, ...]]  # parameters that sample_tokens must have
     others: ClassVar[tuple[str, ...]]  # and those that it may have
 
@@ -58,12 +59,16 @@ class AcceleratedFlow(Accelerated):
             )
         self._refuse_tensors(model)
         try:
-            with torch.device("meta"):
-                self._native = self._native_like(model)
+            self._native = self._made_like(model)
             self._check_names()
         except Exception as error:  # whatever comes of taking an object for what it is not
             raise UnsupportedError(f"model: {type(model).__name__} is not a {self.system}: {error}") from error
         self._share()
+
+    def _made_like(self, model: nn.Module) -> FlowAR | XAR:
+        """A native model of the same sizes, without data."""
+        with torch.device("meta"):
+            return self._native_like(model)
 
     @property
     def _known(self) -> tuple[str, ...]:
@@ -94,10 +99,9 @@ class AcceleratedFlow(Accelerated):
     ) -> tuple[Settings, Mapping[str, object] | str]:
         if not is_default(clip):
             raise ValueError(f"clip: only MAR's and Harmon's solvers take one, got clip = {clip!r} for a {self.system}")
-        told = set(COUNTS) <= self._signature.parameters.keys()
-        schedule_from = "argument" if schedule is not None else "model" if told else "default"
+        schedule_from = "argument" if schedule is not None else "model" if self._is_told else "default"
         if schedule is None:
-            schedule = f"linear of {' and '.join(COUNTS)}" if told else self.default_schedule
+            schedule = f"linear of {' and '.join(COUNTS)}" if self._is_told else self.default_schedule
         if schedule_from != "model":
             schedule = as_schedule(schedule, self.system.lower())
         self._native.plan("constant:2", self.own_solver if solver is None else solver)
@@ -108,50 +112,73 @@ class AcceleratedFlow(Accelerated):
         is_own_solver = solver is None
         if is_own_solver:
             solver = found["solver"] if isinstance(found, Mapping) else self.own_solver
-        self._function = check_.structure_of(self._model)
+        self._structure = self._structure_now()
         return Settings(schedule, schedule_from, solver, is_own_solver, None, backend, dtype), found
 
     def _adopt(self) -> None:
         pass
 
     def _checked(self, backend: str) -> Mapping[str, object]:
-        key = check_.structure_of(self._model, type(self._model).sample_tokens, backend)
-        found = check_.proven(self._model, key)
-        if found is None:
-            check_flow.refuse_hooks(self._model)
-            self._say_of_weights(self._model)
-            candidates = [self.own_solver, *(name for name in FLOW_NAMES if name != self.own_solver)]
-            try:
-                with check_.as_it_was(self._model):
-                    found = check_flow.prove(self._model, self._their_image, self._our_image, candidates, backend, guidance=2.4)
-            finally:
-                self._share()
-            check_.remember(self._model, key, found)
+        key = check_.structure_of(self._structure_now(), backend)
+        with check_.LOCK:
+            found = check_.proven(self._model, key)
+            if found is None:
+                check_flow.refuse_hooks(self._model, self._shadowed)
+                self._say_of_weights(self._model)
+                found = self._proven(backend)
+                check_.remember(self._model, key, found)
         return found
 
-    def _few(self) -> dict[str, int]:
+    def _proven(self, backend: str) -> Mapping[str, object]:
+        """The check, on a stand-in of the model, which other threads do not see; on itself where it cannot be copied, or its copy
+        does not do what it does."""
+        try:
+            model = check_.stand_in(self._model, self._shadowed)
+            with check_.as_it_was(model):
+                return self._prove(model, backend)
+        except Exception:  # copying somebody's object may fail in any way
+            with self._as_original(), check_.as_it_was(self._model):
+                return self._prove(self._model, backend)
+
+    def _prove(self, model: nn.Module, backend: str) -> Mapping[str, object]:
+        native = self._made_like(model)
+
+        def theirs(image: check_flow.Image) -> Tensor:
+            return model.sample_tokens(**self._few_steps(), **self._of_one_image(image))
+
+        def ours(image: check_flow.Image, backend: str, solver: str) -> Tensor:
+            share(native, model)
+            arguments = arguments_of(self._signature, (), {**self._few_steps(), **self._of_one_image(image)})
+            schedule = Linear(*self.few_steps, self.system.lower()) if self._is_told else f"constant:{self.few_steps[1]}"
+            return native.sample_tokens(**self._call(arguments), schedule=schedule, solver=solver, backend=backend)
+
+        candidates = [self.own_solver, *(name for name in FLOW_NAMES if name != self.own_solver)]
+        return check_flow.prove(model, theirs, ours, candidates, backend)
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether the object is told at each call between which step counts to anneal."""
+        return set(COUNTS) <= self._signature.parameters.keys()
+
+    def _few_steps(self) -> dict[str, int]:
         """The arguments by which sample_tokens is told few steps."""
-        names = [name for name in (*COUNTS, COUNT) if name in self._signature.parameters]
-        if not names:
-            raise UnsupportedError(
-                f"model: expected sample_tokens with {', '.join(COUNTS)} or {COUNT}, by which it can be checked in few steps, got "
-                f"parameters {list(self._signature.parameters)}. Pass check=False to accelerate it all the same"
-            )
-        return dict.fromkeys(names, self.few_steps)
+        if self._is_told:
+            return dict(zip(COUNTS, self.few_steps, strict=True))
+        if COUNT in self._signature.parameters:
+            return {COUNT: self.few_steps[1]}
+        raise UnsupportedError(
+            f"model: expected sample_tokens with {', '.join(COUNTS)} or {COUNT}, by which it can be checked in few steps, got "
+            f"parameters {list(self._signature.parameters)}. Pass check=False to accelerate it all the same"
+        )
 
-    def _of_one_image(self, cfg: float) -> dict[str, Any]:
-        label = torch.zeros(1, dtype=torch.int64, device=self.head.device)
+    def _of_one_image(self, image: check_flow.Image) -> dict[str, Any]:
         labels = next(name for name in self.required if name.startswith("label"))
-        return {labels: label, "cfg": cfg}
+        classes = self._native.class_emb.num_embeddings - 1
+        return {labels: torch.tensor([image.label % classes], device=self.head.device), "cfg": image.cfg}
 
-    def _their_image(self, cfg: float) -> Tensor:
-        return self._model.sample_tokens(**self._few(), **self._of_one_image(cfg))
-
-    def _our_image(self, backend: str, solver: str, cfg: float) -> Tensor:
-        self._share()
-        arguments = arguments_of(self._signature, (), {**self._few(), **self._of_one_image(cfg)})
-        call = self._call(arguments)
-        return self._native.sample_tokens(**call, schedule=f"constant:{self.few_steps}", solver=solver, backend=backend)
+    def _structure_now(self) -> bytes:
+        """What decides the model's function, but for the values of its parameters."""
+        return check_.structure_of(self._model, apart_from=self._model, shadowed=self._shadowed)
 
     # Following the object ----------------------------------------------------------------------------------------------
 
@@ -177,11 +204,7 @@ class AcceleratedFlow(Accelerated):
 
     def _share(self) -> None:
         """Give the native model the object's tensors of now."""
-        for name, tensor in named_tensors(self._model).items():
-            owner, _, leaf = name.rpartition(".")
-            module = self._native.get_submodule(owner)
-            (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
-        self._native.train(self._model.training)
+        share(self._native, self._model)
 
     def _follow(self) -> None:
         """At the start of an image: notice another structure, another function."""
@@ -191,13 +214,18 @@ class AcceleratedFlow(Accelerated):
         except ValueError as error:
             raise UnsupportedError(f"model: its structure changed since it was accelerated: {error}") from error
         self._share()
+        dropping = [name for name, module in self._model.named_modules() if check_.drops(module)]
+        if dropping:
+            raise UnsupportedError(
+                f"model: it is in training mode, where {', '.join(dropping[:4])} drop values, which the native model does not; "
+                "call model.eval()"
+            )
         if self._check == SKIPPED:
             return
-        with self._as_original():
-            function = check_.structure_of(self._model)
-            if function != self._function:
-                self._check = self._checked(self.backend)
-                self._function = function
+        structure = self._structure_now()
+        if structure != self._structure:
+            self._check = self._checked(self.backend)
+            self._structure = structure
 
     # What shadows the model's own method -------------------------------------------------------------------------------
 
@@ -219,11 +247,15 @@ class AcceleratedFlow(Accelerated):
                 f"schedule = {schedule}"
             )
         steps = self._native.plan(schedule, self.solver)
+        self._say_of_steps(steps)
         self._steps.update(len(step.table) for step in steps)
         call = self._call(arguments)
         return self._native.sample_tokens(
             **call, schedule=schedule, solver=self.solver, backend=self.backend, dtype=self._product_dtype()
         )
+
+    def _say_of_steps(self, steps: list[FlowStep]) -> None:
+        """Say where the published sampler does something else with so few steps."""
 
     def _ignored_before(self, schedule: Schedule, count: object) -> tuple[str, ...]:
         """The arguments that a schedule replaces by the same: a constant one of as many steps."""
@@ -237,8 +269,17 @@ class AcceleratedFlow(Accelerated):
             raise UnsupportedError(f"{name}: sample_tokens is served with this argument at its default, got {value!r}")
 
 
+def share(native: nn.Module, model: nn.Module) -> None:
+    """Give a native model the tensors that another model has now, and its mode."""
+    for name, tensor in named_tensors(model).items():
+        owner, _, leaf = name.rpartition(".")
+        module = native.get_submodule(owner)
+        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
+    native.train(model.training)
+
+
 class AcceleratedFlowAR(AcceleratedFlow):
-    system, default_schedule, own_solver, few_steps = "FlowAR", "linear:25-15", "euler", 2
+    system, default_schedule, own_solver, few_steps = "FlowAR", "linear:25-15", "euler", (6, 3)
     required, others = ("guidance", "cfg", "labels"), ("progress",)
 
     def _native_like(self, model: Any) -> FlowAR:
@@ -259,7 +300,7 @@ class AcceleratedFlowAR(AcceleratedFlow):
 
 
 class AcceleratedXAR(AcceleratedFlow):
-    system, default_schedule, own_solver, few_steps = "xAR", "linear:50-15", "euler_maruyama", 3
+    system, default_schedule, own_solver, few_steps = "xAR", "linear:50-15", "euler_maruyama", (5, 3)
     required, others = ("cfg", "label"), (COUNT,)
 
     def _native_like(self, model: Any) -> XAR:
@@ -268,6 +309,13 @@ class AcceleratedXAR(AcceleratedFlow):
     def _call(self, arguments: dict[str, Any]) -> dict[str, Any]:
         label = arguments["label"]
         return {"labels": label.long() if isinstance(label, Tensor) else label, "cfg": arguments["cfg"]}
+
+    def _say_of_steps(self, steps: list[FlowStep]) -> None:
+        if any(len(step.table) == 2 for step in steps[1:]) and self.schedule_from == "model":
+            self._say_once(
+                "flow_lower_steps: a cell but the first has 2 steps, of which the published xAR gives the second the input of the "
+                "first again; here it gets its own, so the tokens are others"
+            )
 
 
 def _sizes(model: Any) -> dict[str, Any]:

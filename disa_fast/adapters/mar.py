@@ -148,8 +148,7 @@ class AcceleratedMAR(Accelerated):
         if isinstance(settings.schedule, Constant):
             tables(settings.schedule.steps)  # what no table can be made of shows here
             self._say_of_clip(settings, own)
-        self._own, self._function = own, check_.structure_of(head._net)
-        self._gen_diffusion = getattr(self._diffloss, "gen_diffusion", None)
+        self._own, self._structure = own, self._structure_now()
         return settings, found
 
     def _say_of_clip(self, settings: Settings, own: Own | None) -> None:
@@ -173,23 +172,40 @@ class AcceleratedMAR(Accelerated):
 
     def _checked(self, own: Own, backend: str, dtype: torch.dtype | None, others: Mapping[str, object] | None = None) -> Any:
         dtype = self.head.dtype if dtype is None else dtype
-        described = (own.solver, own.is_told, repr(own.schedule), backend, dtype, sorted((others or {}).items()))
-        key = check_.structure_of(
-            self._diffloss.net, self._diffloss, type(self._diffloss).sample, self._diffloss.sample, vars(self._diffloss), described
-        )
-        found = check_.proven(self._model, key)
-        if found is None:
-            self._say_of_weights(self._diffloss.net)
-            with check_.as_it_was(self._diffloss):
-                found = check_mlp.prove(self._diffloss, self._diffloss.net, own, backend, dtype, others)
-            check_.remember(self._model, key, found)
-            hooked = check_.hooked(self._diffloss.net)
-            if hooked:
-                self._say_once(
-                    f"model: hooks and replaced methods of {self.diffloss_at}.net ({', '.join(hooked[:4])}) are not called while "
-                    "it is accelerated; they do not change its output"
-                )
+        described = (own.solver, own.is_told, repr(own.schedule), backend, dtype, others)
+        key = check_.structure_of(self._structure_now(), described)
+        with check_.LOCK:
+            found = check_.proven(self._model, key)
+            if found is None:
+                self._say_of_weights(self._diffloss.net)
+                found = self._proven(own, backend, dtype, others)
+                check_.remember(self._model, key, found)
+                self._say_of_hooks()
         return found
+
+    def _say_of_hooks(self) -> None:
+        hooked = check_.hooked(self._diffloss.net)
+        if hooked:
+            self._say_once(
+                f"model: hooks and replaced methods of {self.diffloss_at}.net ({', '.join(hooked[:4])}) are not called while it is "
+                "accelerated; they do not change its output"
+            )
+
+    def _proven(self, own: Own, backend: str, dtype: torch.dtype, others: Mapping[str, object] | None) -> Mapping[str, object]:
+        """The check, on a stand-in of the diffloss, which other threads do not see; on itself where it cannot be copied, or its
+        copy does not do what it does."""
+        try:
+            stand_in = check_.stand_in(self._diffloss, self._shadowed)
+            with check_.as_it_was(stand_in):
+                return check_mlp.prove(stand_in, stand_in.net, own, backend, dtype, others)
+        except Exception:  # copying somebody's object may fail in any way
+            with self._as_original(), check_.as_it_was(self._diffloss):
+                return check_mlp.prove(self._diffloss, self._diffloss.net, own, backend, dtype, others)
+
+    def _structure_now(self) -> bytes:
+        """What decides the diffloss' function, but for the values of its network's parameters."""
+        diffloss = self._diffloss
+        return check_.structure_of(diffloss, apart_from=diffloss.net, shadowed=self._shadowed)
 
     # Following the object ------------------------------------------------------------------------------------------------
 
@@ -202,18 +218,25 @@ class AcceleratedMAR(Accelerated):
     def _follow(self) -> None:
         """At the first step of an image: notice other weights, another network, another function."""
         self._head_now().follow()
-        if self._settings is None or self._check == SKIPPED:
-            return
-        if getattr(self._diffloss, "gen_diffusion", None) is not self._gen_diffusion:
+        dropping = [name for name, module in self._diffloss.net.named_modules() if check_.drops(module)]
+        if dropping:
             raise UnsupportedError(
-                f"model: {self.diffloss_at}.gen_diffusion was replaced since it was accelerated; call accelerate again"
+                f"model: it is in training mode, where {', '.join(dropping[:4])} of {self.diffloss_at}.net drop values, which ours "
+                "does not; call model.eval()"
             )
-        function = check_.structure_of(self.head._net)
-        if function != self._function:
-            self.head.check_structure()
-            with self._as_original():
-                self._check = self._checked(self._own, self.backend, self.dtype)
-            self._function = function
+        if self._check == SKIPPED:
+            return
+        structure = self._structure_now()
+        if structure == self._structure:
+            return
+        self.head.check_structure()
+        own, _ = own_settings(self._diffloss, self._told_the_step)
+        if not own.is_same(self._own):
+            raise UnsupportedError(
+                f"model: what {self.diffloss_at} samples with changed since it was accelerated; call accelerate again"
+            )
+        self._check = self._checked(own, self.backend, self.dtype)
+        self._structure = structure
 
     def _shadow_all(self) -> None:
         self._shadow(self._diffloss, HANDLE, self)
@@ -254,6 +277,8 @@ class AcceleratedMAR(Accelerated):
         z, head = given["z"], self._head_now()
         self._steps[len(table)] += 1
         self._say_once(of_temperature(table, given["temperature"]))
+        if z.requires_grad and torch.is_grad_enabled():
+            self._say_once(f"{self.diffloss_at}.sample: no gradients flow through it while the model is accelerated")
         with profiling.range(profiling.AR_STEP_OF_ANOTHER_LOOP, k, K, len(table), len(z)):
             tokens = self._denoised(head, z, table, given)
         self._tokens.add(k, K, tokens)
@@ -302,7 +327,9 @@ class AcceleratedMAR(Accelerated):
         others = {
             name: value
             for name, value in given.items()
-            if name not in OF_SAMPLE + TOLD and not (name in parameters and is_default_of(parameters[name], value))
+            if name not in OF_SAMPLE + TOLD
+            and not (name in parameters and is_default_of(parameters[name], value))
+            and not (name == "device" and torch.device(value) == given["z"].device)
         }
         text = ", ".join(f"{name} = {value!r}" for name, value in sorted(others.items()) if isinstance(value, _PLAIN_VALUES))
         if not others or (text in self._harmless and all(isinstance(value, _PLAIN_VALUES) for value in others.values())):
@@ -313,13 +340,13 @@ class AcceleratedMAR(Accelerated):
                     f"{name}: {self.diffloss_at}.sample is served with this argument at its default, got {type(value).__name__}"
                 )
         if self._check != SKIPPED:
-            with self._as_original():
-                self._checked(self._own, self.backend, self.dtype, others)  # raises where it makes a difference
+            self._checked(self._own, self.backend, self.dtype, others)  # raises where it makes a difference
         self._harmless.add(text)
 
     @untraced(recursive=False)
     def _counted_loop(self, *args: Any, **kwargs: Any) -> Any:
         num_iter = arguments_of(self._loop_signature, args, kwargs).get("num_iter")
+        num_iter = int(num_iter) if isinstance(num_iter, Tensor) else num_iter
         if num_iter is None and not isinstance(self.schedule, Constant):
             raise UnsupportedError(
                 f"num_iter: expected a number, since {self.schedule} depends on it, got None; or accelerate with "
