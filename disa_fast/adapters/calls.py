@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,15 +103,18 @@ class Loops:
             result = method(*args, **kwargs)
         return self._turns(loop, result) if inspect.isgenerator(result) else result
 
-    def _turns(self, loop: Loop, generator: Iterator[Any]) -> Iterator[Any]:
-        sent = None
+    def _turns(self, loop: Loop, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        resume, argument = generator.send, None
         try:
             while True:
                 with self.inside(loop):
                     try:
-                        item = generator.send(sent)
+                        item = resume(argument)
                     except StopIteration as stop:
                         return stop.value
-                sent = yield item
+                try:
+                    resume, argument = generator.send, (yield item)
+                except Exception as error:
+                    resume, argument = generator.throw, error
         finally:
             generator.close()

@@ -268,6 +268,7 @@ def remember(model: nn.Module, key: bytes, found: Mapping[str, object]) -> None:
 Shadowed = Iterable[tuple[nn.Module, str, dict[str, object]]]
 
 _MODULES_OWN = frozenset(nn.Module().__dict__)
+_OF_CLASSES = frozenset(("__slotnames__", "__dict__", "__weakref__", "__doc__", "__annotations__", "__static_attributes__"))
 
 
 def structure_of(*parts: object, apart_from: nn.Module | None = None, shadowed: Shadowed = ()) -> bytes:
@@ -372,7 +373,7 @@ class _Facts:
                 if own and inspect.isfunction(value):
                     yield name
                     yield from self._of_function(value)
-                elif own or name == "forward":
+                elif (own and name not in _OF_CLASSES) or name == "forward":
                     yield name, id(value) if callable(value) or isinstance(value, property) else repr(value)[:100]
 
     def _of_function(self, function: Any) -> Iterator[object]:

@@ -62,7 +62,7 @@ class AcceleratedFlow(Accelerated):
             self._native = self._made_like(model)
             self._check_names()
         except Exception as error:  # whatever comes of taking an object for what it is not
-            raise UnsupportedError(f"model: {type(model).__name__} is not a {self.system}: {error}") from error
+            raise UnsupportedError(f"model: {type(model).__name__} is not served as a {self.system}: {error}") from error
         self._share()
 
     def _made_like(self, model: nn.Module) -> FlowAR | XAR:
