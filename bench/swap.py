@@ -34,11 +34,11 @@ from .regression import stamp
 from .turns import in_turns, ratio, seconds
 
 RESULT = Path(__file__).resolve().parent / "results" / "swap.json"
-TURNS = 5
+TURNS = 3
 CHECKS = 3
 CASES = [
-    Case("MAR-B", 1, {}, {"num_iter": 16}),
-    Case("Harmon-0.5b", 1, {}, {"image_size": (128, 128), "num_iter": 16}),
+    Case("MAR-B", 1, {}, {"num_iter": 8}),
+    Case("Harmon-0.5b", 1, {}, {"image_size": (256, 256), "num_iter": 8}),
     Case("FlowAR-S", 1, {}, {"schedule": "linear:8-5"}),
     Case("xAR-B", 1, {}, {"schedule": "linear:8-5"}),
 ]
