@@ -423,3 +423,32 @@ def test_autocast_decides_the_dtype_of_products(make, dtype):
         draw(model)
         assert disa_fast.explain(model)["dtype"] == str(dtype)
     assert handle.report()["dtype"] == {str(dtype): "torch.autocast"}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_any_block_that_computes_something_else_is_refused(at):
+    """Of equal ones a single one is run."""
+    deep = {name: 3 if name.endswith("depth") else n for name, n in SIZES.items()}
+    model = random_parameters(UpstreamFlowAR(img_size=64, scale=(1, 2, 4), diffloss_w=64, diffloss_d=3, **deep))
+    accelerate(copy.deepcopy(model))
+    other = copy.deepcopy(model)
+    other.decoder_blocks[at].mlp.act = nn.SiLU()
+    with pytest.raises(UnsupportedError, match="generates another image"):
+        accelerate(other)
+    other = copy.deepcopy(model)
+    other.flownet.res_blocks[at].mlp.act = nn.SiLU()
+    with pytest.raises(UnsupportedError, match="generates another image"):
+        accelerate(other)
+
+
+@KINDS
+def test_what_a_call_leaves_in_caches_is_no_change(make, monkeypatch):
+    proofs, prove = [], check_flow.prove
+    monkeypatch.setattr(check_flow, "prove", lambda model, *args: proofs.append(len(model.encoder_blocks)) or prove(model, *args))
+    model = make()
+    model.encoder_blocks.append(copy.deepcopy(model.encoder_blocks[0]))
+    for _ in range(2):
+        draw(model)
+        with accelerate(model):
+            draw(model)
+    assert proofs == [1]

@@ -355,13 +355,14 @@ class _Facts:
             yield digest_of(others).cpu().numpy().tobytes()
 
     def _attributes(self, module: nn.Module) -> dict[str, object]:
-        """What a module holds beyond what every module does, without what shadows it now."""
+        """What a module holds beyond what every module does, without what shadows it now, and without the keys and values that it
+        keeps from one call to the next."""
         held: dict[str, object] = {}
         for name, value in vars(module).items():
             before = self._before.get((id(module), name))
             if before is not None:
                 held |= before
-            elif name not in _MODULES_OWN:
+            elif name not in _MODULES_OWN and not _is_cache(name, value):
                 held[name] = value
         return held
 
@@ -412,6 +413,11 @@ class _Facts:
             yield from self.of(value)
         else:
             yield id(value) if isinstance(value, type) else type(value).__qualname__
+
+
+def _is_cache(name: str, value: object) -> bool:
+    """Whether an attribute is one of keys or values, by the names that published models give them."""
+    return (name in ("k", "v") or "cache" in name) and (value is None or isinstance(value, Tensor))
 
 
 def _hooks(module: nn.Module) -> list[Mapping[int, object]]:

@@ -21,6 +21,7 @@ from .check import (
     parameters_made_by,
     random_like,
     refuse,
+    structure_of,
 )
 
 BOUND = 1e-4  # relative, of a whole image in float32
@@ -36,6 +37,14 @@ def refuse_hooks(model: nn.Module, shadowed: Shadowed) -> None:
             f"{', ...' if len(names) > 4 else ''}: accelerated, the whole of sample_tokens runs here and none of them would be "
             "called. Remove them first, or pass check=False"
         )
+
+
+def one_of_a_kind(blocks: nn.ModuleList) -> nn.ModuleList:
+    """The first of all blocks that compute the same function of their parameters."""
+    kinds: dict[bytes, nn.Module] = {}
+    for block in blocks:
+        kinds.setdefault(structure_of(block, apart_from=block), block)
+    return nn.ModuleList(kinds.values())
 
 
 @dataclass(frozen=True)

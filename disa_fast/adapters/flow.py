@@ -78,6 +78,10 @@ class AcceleratedFlow(Accelerated):
     def _native_like(self, model: Any) -> FlowAR | XAR:
         """A native model of the same sizes."""
 
+    def _blocks_of(self, model: Any) -> list[tuple[nn.Module, str]]:
+        """Where a model has lists of blocks."""
+        return [(model, "encoder_blocks"), (model, "decoder_blocks")]
+
     @abstractmethod
     def _call(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What of sample_tokens' arguments goes to the native one, by its names; without schedule and solver."""
@@ -130,10 +134,12 @@ class AcceleratedFlow(Accelerated):
         return found
 
     def _proven(self, backend: str) -> Mapping[str, object]:
-        """The check, on a stand-in of the model, which other threads do not see; on itself where it cannot be copied, or its copy
-        does not do what it does."""
+        """The check, on a stand-in of the model, which other threads do not see, with one block of each kind; on the model itself
+        where it cannot be copied, or its copy does not do what it does."""
         try:
             model = check_.stand_in(self._model, self._shadowed)
+            for owner, name in self._blocks_of(model):
+                setattr(owner, name, check_flow.one_of_a_kind(getattr(owner, name)))
             with check_.as_it_was(model):
                 return self._prove(model, backend)
         except Exception:  # copying somebody's object may fail in any way
@@ -288,6 +294,9 @@ class AcceleratedFlowAR(AcceleratedFlow):
             **_sizes(model), scale=list(model.scale), diffloss_w=width, diffloss_d=len(model.flownet.res_blocks),
             cross=hasattr(model.flownet.res_blocks[0], "crossattn"),
         )  # fmt: skip
+
+    def _blocks_of(self, model: Any) -> list[tuple[nn.Module, str]]:
+        return [*super()._blocks_of(model), (model.flownet, "res_blocks")]
 
     def _call(self, arguments: dict[str, Any]) -> dict[str, Any]:
         high = arguments["guidance"]
