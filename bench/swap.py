@@ -29,7 +29,7 @@ from disa_fast.heads.packing import Packing
 
 from .autocast import Case
 from .gpu_measure import commit
-from .images import Images
+from .images import SETTINGS, Images
 from .regression import stamp
 from .turns import in_turns, ratio, seconds
 
@@ -38,19 +38,21 @@ TURNS = 3
 CHECKS = 3
 CASES = [
     Case("MAR-B", 1, {}, {"num_iter": 8}),
-    Case("Harmon-0.5b", 1, {}, {"image_size": (256, 256), "num_iter": 8}),
+    Case("Harmon-0.5b", 1, {}, {"image_size": (256, 256), "num_iter": 4}),
     Case("FlowAR-S", 1, {}, {"schedule": "linear:8-5"}),
     Case("xAR-B", 1, {}, {"schedule": "linear:8-5"}),
 ]
 
 
 def ar_step(images: Images) -> float:
-    """Seconds of one of the object's own AR steps, backbone and head, at the published step count of the first."""
-    setting = images.setting
-    steps, at = setting.steps[0], setting.head_at
-    if setting.num_iter is None:  # all tokens of a scale or cell: the mean over the image, whose steps differ
-        K = len(images.ar_steps())
-        return seconds(images.eager) / K
+    """Seconds of one of the object's own AR steps as published: of a MAR or Harmon the second, backbone and
+    head; of a FlowAR or xAR, whose steps differ, the mean over an image."""
+    setting, at = images.setting, images.setting.head_at
+    if setting.num_iter is None:
+        images.setting = SETTINGS[images.name]
+        step = seconds(images.eager) / len(images.ar_steps())
+        images.setting = setting
+        return step
     owner, marks = images.upstream.get_submodule(at[0]), []
     original = getattr(owner, at[1])
 
@@ -67,7 +69,6 @@ def ar_step(images: Images) -> float:
         pass
     finally:
         del owner.__dict__[at[1]]
-    assert steps > 0
     return marks[2] - marks[1]
 
 
@@ -115,6 +116,7 @@ def without(*methods: tuple[type, str]) -> Iterator[None]:
 def measured(case: Case, turns: int) -> dict[str, Any]:
     """What goes into the result."""
     images = case.images()
+    images.name = case.name
     step = ar_step(images)
     checks, again = [], []
     for _ in range(CHECKS):
