@@ -81,6 +81,7 @@ print(json.dumps(compile_cuda("nvcc", Path({source!r}), ("sm_90a",))))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_kernels_keep_to_their_budget_and_a_spill_would_be_seen(tmp_path):
     """On Hopper; `make kernels` takes all architectures, and NVRTC too."""

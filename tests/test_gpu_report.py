@@ -99,6 +99,7 @@ def on_a_clock(call):
     return time.perf_counter() - start
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_every_contestant_is_timed_and_written(measure, persistent, tmp_path, capsys):
     report = measure.Report(time.monotonic() + 1000, tmp_path, "passed")
@@ -382,6 +383,7 @@ def test_a_soak_that_cannot_be_is_skipped(measure, tmp_path, monkeypatch):
     assert report.skipped == ["soak: out of time"]
 
 
+@pytest.mark.slow
 def test_on_a_machine_without_a_gpu():
     """In its own process, as a user has it, but for the build."""
     if torch.cuda.is_available():

@@ -76,6 +76,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_caught(probes, monkeypatch, tmp_path, name):

@@ -128,6 +128,7 @@ def test_the_line_that_is_taken_out_is_there(tmp_path):
         regression.without_prefetch(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.native
 def test_a_copy_is_built_of_a_commit(monkeypatch):
     """And that is what is measured in it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,13 @@ from ..checks import describe, is_dense, scalar
 from ..solvers import StepTable
 from ..transformer import Plain
 from .mlp import Draw
-from .packing import Packing, settle
+from .packing import Packing, named_tensors, settle
 
 Context = Mapping[str, Tensor]
 Velocity = Callable[[int, Tensor], Tensor]
 
 STATE = torch.float64
+TIMES = ("time_embed.", "encoder_blocks.0.attn.rope.", "res_blocks.0.attn.rope.")  # of what tables are kept
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class FlowCall:
 
 class FlowHead(Packing, ABC):
     """A flow network ready to draw tokens; see Packing for how it follows its parameters."""
+
+    def _copied(self) -> Iterable[Tensor]:
+        """Weights are used as they lie in the parameters' own dtype, so that only the tables of times are made of them."""
+        if all(kind.endswith(f" in {self.dtype}") for kind, _ in self._packed):
+            return [tensor for name, tensor in named_tensors(self._net).items() if name.startswith(TIMES)]
+        return super()._copied()
 
     @abstractmethod
     def network(self, dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -55,12 +55,19 @@ class Packing:
     def follow(self) -> None:
         """Notice parameters that were written through `.data` since they were laid out.
 
-        Reads all of them twice, which on a CPU takes less than 0.5 % of an image
+        Reads twice what there are copies of, which on a CPU takes less than 0.5 % of an image
         (bench/results/swap.json). Does nothing before the first call has laid anything out.
         """
         with self._lock:
-            if self._packed and not same_digest(digest_of(_tensors(self._net)), self._digest):
-                self._forget()
+            self._forget_if_written()
+
+    def _forget_if_written(self) -> None:
+        if self._packed and not same_digest(digest_of(self._copied()), self._digest):
+            self._forget()
+
+    def _copied(self) -> Iterable[Tensor]:
+        """The parameters and buffers of which what is laid out holds copies, or other things made of them."""
+        return _tensors(self._net)
 
     def _forget(self) -> None:
         if self._packed and self.device.type == "cuda":
@@ -86,11 +93,11 @@ class Packing:
                 self._forget()
                 self._fingerprint = fingerprint
             if (kind, dtype) not in self._packed:
-                if not self._packed:
-                    self._digest = digest_of(_tensors(self._net))
+                self._forget_if_written()
                 named = named_tensors(self._net).items()
                 self._packed[kind, dtype] = build({name: p.detach().to(dtype) for name, p in named}, self.spec)
                 settle(self.device)
+                self._digest = digest_of(self._copied())
             return self._packed[kind, dtype]
 
     def check_structure(self) -> None:
