@@ -40,7 +40,7 @@ CASES = [
     Case("MAR-B", 1, {}, {"num_iter": 8}),
     Case("Harmon-0.5b", 1, {}, {"image_size": (256, 256), "num_iter": 4}),
     Case("FlowAR-S", 1),
-    Case("xAR-B", 1, {}, {"schedule": "linear:8-5"}),
+    Case("xAR-B", 1, {}, {"schedule": "linear:16-8"}),
 ]
 
 
