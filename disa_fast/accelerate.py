@@ -39,9 +39,9 @@ def accelerate(
     dtype: of the network's matrix products. None: that of torch.autocast around the call, where that is on, else the
         parameters' own. The state, and where there is one the residual stream, are float32 or wider.
     check: compare the object's own code with ours before it is replaced: its network and two tokens, guided and not, or, of a
-        FlowAR or xAR, an image in few steps. Takes less than one of its autoregressive steps, leaves random states, training
-        modes and attributes as they were, and is not repeated for an object that has not changed. The relative errors are in
-        the handle's report()["check"].
+        FlowAR or xAR, an image in few steps. Takes about as long as one of its autoregressive steps (bench/results/swap.json),
+        leaves random states, training modes and attributes as they were, and is not repeated for an object that has not
+        changed. The relative errors are in the handle's report()["check"].
 
     The diffusion of a MAR or Harmon is read off its diffloss.gen_diffusion: other betas, numbers of
     base steps and timesteps than MAR's, and networks that predict the clean token or a velocity, are
