@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import sys
+from pathlib import Path
 
 import harmon_peers
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).parent.parent))  # last, so that the installed package is the one that is tested
 autocast = importlib.import_module("bench.autocast")
 Case = autocast.Case
 pytestmark = pytest.mark.usefixtures("one_thread")
