@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -15,6 +14,9 @@ from ..untraced import untraced
 
 WORD = 8  # bytes
 ROW = 1024  # numbers
+_FACTORS = torch.randn(ROW, generator=torch.Generator(device="cpu").manual_seed(ROW), device="cpu", dtype=torch.float32)
+
+_NOTHING = torch.empty(0, dtype=torch.int64, device="cpu")
 
 Packed = TypeVar("Packed")
 Net = TypeVar("Net", bound=nn.Module)
@@ -36,7 +38,7 @@ class Packing:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._fingerprint: tuple = ()
-        self._digest = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._digest = _NOTHING
         self._packed: dict[tuple[str, torch.dtype], Any] = {}
 
     def __getstate__(self) -> dict:
@@ -73,6 +75,7 @@ class Packing:
         if self._packed and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # other streams may still be reading what goes
         self._packed.clear()
+        self._digest = _NOTHING
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +136,7 @@ def digest_of(tensors: Iterable[Tensor]) -> Tensor:
     Two readings, at memory's speed."""
     tensors = [tensor.detach() for tensor in tensors if not tensor.is_meta]
     if not tensors:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
+        return _NOTHING
     with torch.autocast(tensors[0].device.type, enabled=False):
         return torch.cat([part for tensor in tensors for part in _digest(tensor)])
 
@@ -152,7 +155,7 @@ def _digest(tensor: Tensor) -> list[Tensor]:
     if flat.is_floating_point() and len(flat):
         length = min(ROW, len(flat))
         rows = len(flat) // length
-        factors = _factors(flat.dtype, flat.device)
+        factors = _FACTORS.to(flat.device, flat.dtype)
         products = [flat[: rows * length].view(rows, length) @ factors[:length]]
         products += [(flat[rows * length :] * factors[: len(flat) - rows * length]).sum()[None]]
         parts += [_bits(product) for product in products]
@@ -162,13 +165,6 @@ def _digest(tensor: Tensor) -> list[Tensor]:
 def _bits(numbers: Tensor) -> Tensor:
     """Floating point numbers as whole ones, which equal themselves also where they are NaN."""
     return numbers.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()]).long()
-
-
-@functools.cache
-def _factors(dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator(device="cpu").manual_seed(ROW)
-    numbers = torch.randn(ROW, generator=generator, device="cpu", dtype=torch.float32)
-    return numbers.to(device, dtype)
 
 
 def settle(device: torch.device) -> None:
