@@ -447,6 +447,7 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import torch
+import torch._dynamo  # a profiler has it loaded, which takes as long as all that is timed here
 import disa_fast
 from upstream_like import AnnealedDiffLoss, UpstreamLikeMAR, small_mar
 
