@@ -110,20 +110,21 @@ class AcceleratedFlow(Accelerated):
             schedule = as_schedule(schedule, self.system.lower())
         self._native.plan("constant:2", self.own_solver if solver is None else solver)
         backends.choose(backend, self.head.spec, self.head.dtype if dtype is None else dtype, self.head.device, rows=2)
-        found = self._checked(backend) if check else SKIPPED
+        structure = self._structure_now()
+        found = self._checked(structure, backend) if check else SKIPPED
         if not check:
             self._say_of_weights(self._model)
         is_own_solver = solver is None
         if is_own_solver:
             solver = found["solver"] if isinstance(found, Mapping) else self.own_solver
-        self._structure = self._structure_now()
+        self._structure = structure
         return Settings(schedule, schedule_from, solver, is_own_solver, None, backend, dtype), found
 
     def _adopt(self) -> None:
         pass
 
-    def _checked(self, backend: str) -> Mapping[str, object]:
-        key = check_.structure_of(self._structure_now(), backend)
+    def _checked(self, structure: bytes, backend: str) -> Mapping[str, object]:
+        key = check_.structure_of(structure, backend)
         with check_.LOCK:
             found = check_.proven(self._model, key)
             if found is None:
@@ -230,7 +231,7 @@ class AcceleratedFlow(Accelerated):
             return
         structure = self._structure_now()
         if structure != self._structure:
-            self._check = self._checked(self.backend)
+            self._check = self._checked(structure, self.backend)
             self._structure = structure
 
     # What shadows the model's own method -------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ class AcceleratedFlow(Accelerated):
         if self.schedule_from == "model":
             early, late = (arguments[name] for name in COUNTS)
             schedule = Linear(early, late, self.system.lower())
-        elif COUNT in arguments and COUNT not in self._ignored_before(schedule, arguments[COUNT]):
+        elif COUNT in arguments and getattr(schedule, "steps", None) != arguments[COUNT]:  # not constant and the same
             self._say_once(
                 f"{COUNT}: {arguments[COUNT]!r} of the call is not used while the model is accelerated; the steps are those of "
                 f"schedule = {schedule}"
@@ -262,10 +263,6 @@ class AcceleratedFlow(Accelerated):
 
     def _say_of_steps(self, steps: list[FlowStep]) -> None:
         """Say where the published sampler does something else with so few steps."""
-
-    def _ignored_before(self, schedule: Schedule, count: object) -> tuple[str, ...]:
-        """The arguments that a schedule replaces by the same: a constant one of as many steps."""
-        return (COUNT,) if getattr(schedule, "steps", None) == count else ()
 
     def _refuse_others(self, arguments: Mapping[str, Any]) -> None:
         for name, value in arguments.items():

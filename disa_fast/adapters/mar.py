@@ -129,7 +129,8 @@ class AcceleratedMAR(Accelerated):
             own = annealed = None
         if not check:
             self._say_of_weights(head._net)
-        found = self._checked(own, backend, dtype) if check else SKIPPED
+        structure = self._structure_now()
+        found = self._checked(structure, own, backend, dtype) if check else SKIPPED
         own_schedule, own_solver, own_clip = annealed or (as_schedule(DEFAULT_SCHEDULE), None, DEFAULT_CLIP)
         is_own_solver = solver is None
         if is_own_solver:
@@ -148,7 +149,7 @@ class AcceleratedMAR(Accelerated):
         if isinstance(settings.schedule, Constant):
             tables(settings.schedule.steps)  # what no table can be made of shows here
             self._say_of_clip(settings, own)
-        self._own, self._structure = own, self._structure_now()
+        self._own, self._structure = own, structure
         return settings, found
 
     def _say_of_clip(self, settings: Settings, own: Own | None) -> None:
@@ -170,10 +171,17 @@ class AcceleratedMAR(Accelerated):
         self._table_for = Tables(self.solver, self.clip, self._own)
         self._is_unguided = self._settings.is_own_solver and str(self.solver).startswith("dpm")
 
-    def _checked(self, own: Own, backend: str, dtype: torch.dtype | None, others: Mapping[str, object] | None = None) -> Any:
+    def _checked(
+        self,
+        structure: bytes,
+        own: Own,
+        backend: str,
+        dtype: torch.dtype | None,
+        others: Mapping[str, object] | None = None,
+    ) -> Mapping[str, object]:
         dtype = self.head.dtype if dtype is None else dtype
         described = (own.solver, own.is_told, repr(own.schedule), backend, dtype, others)
-        key = check_.structure_of(self._structure_now(), described)
+        key = check_.structure_of(structure, described)
         with check_.LOCK:
             found = check_.proven(self._model, key)
             if found is None:
@@ -235,7 +243,7 @@ class AcceleratedMAR(Accelerated):
             raise UnsupportedError(
                 f"model: what {self.diffloss_at} samples with changed since it was accelerated; call accelerate again"
             )
-        self._check = self._checked(own, self.backend, self.dtype)
+        self._check = self._checked(structure, own, self.backend, self.dtype)
         self._structure = structure
 
     def _shadow_all(self) -> None:
@@ -340,7 +348,7 @@ class AcceleratedMAR(Accelerated):
                     f"{name}: {self.diffloss_at}.sample is served with this argument at its default, got {type(value).__name__}"
                 )
         if self._check != SKIPPED:
-            self._checked(self._own, self.backend, self.dtype, others)  # raises where it makes a difference
+            self._checked(self._structure, self._own, self.backend, self.dtype, others)  # raises where it makes a difference
         self._harmless.add(text)
 
     @untraced(recursive=False)
