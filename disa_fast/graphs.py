@@ -2,8 +2,17 @@
 
 A graph replays over the addresses that it was captured with. Here those are named buffers, cut from one arena that all graphs of
 a head share: a call fills the inputs, replays, and copies the result out. Calls therefore wait for each other, also across
-streams; each waits on its own stream, not on the host. Noise and coefficients are inputs, so one graph serves every seed, solver,
-guidance scale and temperature of its shape.
+streams. Once captured, a call waits on its own stream; on the host only for the lock, while another thread launches. A call that
+captures waits on the host for its own stream and compiles, and calls from other threads wait for that. Noise and coefficients are
+inputs, so one graph serves every seed, solver, guidance scale and temperature of its shape.
+
+Other threads may launch, allocate, and wait for streams and events during a capture, which is begun in CUDA's thread-local mode. A
+wait for the whole device, torch.cuda.synchronize(), ends it: that call runs without a graph and a later one captures. Before torch
+2.13 a number drawn on the GPU by another thread in the moment in which a capture begins may fail ("Offset increment outside graph
+capture") or come twice: warm up (MLPHead.warmup, or one image) before other threads draw there.
+
+Of a graph's memory, working space and what cuBLAS takes (32 MiB on compute capability 9.0 for each thread that captures) lie in a
+pool of the head's own. What an evicted graph had there serves the head's next one; it is given back with the last of them.
 
 What decides (buckets, least recently used out, bytes) is apart from CUDA, and is tested without a GPU.
 """
@@ -15,9 +24,10 @@ import math
 import os
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +44,15 @@ ALIGNMENT = 256
 DEFAULT_MEGABYTES = 1024
 MAX_FAILURES = 3  # to capture, one after the other, after which a head goes on without graphs
 MAX_ROWS = 8192  # beyond, launches cost nothing beside the arithmetic
+
+STREAMS = 32  # of each device and priority that PyTorch has, and hands out in turn
+PRIORITY = -2  # of streams for captures: those of 0 and -1 are other people's
+
+# Since torch 2.13 the default generator keeps what a capture needs apart from what others draw.
+GENERATORS_ARE_APART = torch.__version__ >= "2.13"
+# Up to torch 2.12 a CUDAGraph whose capture failed never gives back its share of the memory pool. Later ones may, by version: they
+# are left to it, since a share given back twice is one taken from a graph that lives.
+FAILED_CAPTURES_KEEP_THEIR_POOL = torch.__version__ < "2.13" and torch.version.hip is None
 
 
 def enabled() -> bool:
@@ -73,7 +92,7 @@ def cut(arena: Tensor, layout: Layout) -> Buffers:
 
 def allocate(layout: Layout, device: torch.device) -> Buffers:
     with torch.inference_mode(False):
-        return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()}
+        return cut(torch.empty(layout_bytes(layout), dtype=torch.uint8, device=device), layout)
 
 
 @dataclass(eq=False)
@@ -208,10 +227,10 @@ class Graphs:
             self.failures += 1
             self._failed_in_a_row += 1
             if isinstance(error, torch.OutOfMemoryError):
+                if self._free is not None:
+                    self._free.synchronize()
                 self._cache.clear()
                 self._arena = None
-                if isinstance(self._capture_loop, _CudaCapture):
-                    self._capture_loop.pool = None  # PyTorch forgets one without graphs, and then refuses it
             warnings.warn(f"disa_fast: this call runs without a CUDA graph ({key}), since capturing failed: {error}", stacklevel=2)
             return None
         entry = Captured(replay, buffers, arena, own_bytes)
@@ -233,51 +252,132 @@ class Graphs:
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
             arena.record_stream(stream)
-            self._free = self._free or torch.cuda.Event()
+            if self._free is None:
+                self._free = torch.cuda.Event()
+                # Graphs may not go, and their pool with them, before the last replay has ended. A wait for an event is one that
+                # another thread's capture survives.
+                weakref.finalize(self, self._free.synchronize).atexit = False
             self._free.record(stream)
 
 
 class _CudaCapture:
-    """Captures on a side stream, in a mode that leaves other threads alone, into one memory pool for all."""
+    """Captures in a mode that leaves other threads alone, into one memory pool for all graphs of a head."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream: torch.cuda.Stream | None = None
-        self.pool: tuple[int, int] | None = None
+        # Held by its graphs alone: PyTorch forgets a pool without any, and then refuses it.
+        self._pool: Callable[[], _Pool | None] = lambda: None
 
     def __call__(self, loop: Callable[[], None]) -> tuple[Replay, int]:
-        self._stream = self._stream or torch.cuda.Stream(self.device)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        caller = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(caller)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.stream(self._stream):
-                loop()  # compiles kernels and sets up libraries, none of which may happen during a capture
-                self._stream.synchronize()
-                free = torch.cuda.mem_get_info(self.device)[0]
-                with _without_collections():
-                    with _default_generator_set_aside():
-                        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                    try:
-                        loop()
-                    finally:
+        # Compiles kernels and sets up libraries, none of which may happen during a capture. Not on the stream of captures, so that
+        # cuBLAS, which keeps a workspace for each stream, takes the graphs' one from their pool.
+        loop()
+        torch.cuda.current_stream(self.device).synchronize()  # also ends every replay before, so that graphs may be evicted
+        pool = self._pool() or _Pool(self.device)
+        self._pool = weakref.ref(pool)
+        free = torch.cuda.mem_get_info(self.device)[0]
+        with torch.cuda.stream(pool.stream), _without_collections():
+            graph, began = torch.cuda.CUDAGraph(), False
+            try:
+                with _default_generator_set_aside():
+                    graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
+                began = True
+                try:
+                    loop()
+                except BaseException:
+                    with suppress(RuntimeError):
                         graph.capture_end()
-        finally:
-            caller.wait_stream(self._stream)  # also where it failed: what it worked on may go to others now
-        return graph.replay, max(0, free - torch.cuda.mem_get_info(self.device)[0])
+                    raise
+                graph.capture_end()
+            except BaseException:
+                self._pool = lambda: None  # the next capture gets another; graphs that live keep theirs
+                _abandon(graph, began, pool)
+                raise
+        return _CapturedGraph(graph, pool).replay, max(0, free - torch.cuda.mem_get_info(self.device)[0])
+
+
+class _Pool:
+    """Memory for the graphs of one head, and a stream on which nothing but their captures happens.
+
+    A workspace of cuBLAS belongs to a thread and a stream, and graphs keep its address. So two heads, whose graphs may run at the
+    same time, have two streams. What PyTorch clears (on a graph's end the workspaces of its stream, by version; with
+    torch.compile's own graphs all of them) goes back to the pool and stays where it is as long as one of the pool's graphs lives;
+    those that live may share it, since they never run at the same time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.id = torch.cuda.graph_pool_handle()
+        self.stream = _unshared_stream(device)
+        weakref.finalize(self, _streams_taken.discard, self.stream.cuda_stream).atexit = False
+
+
+@dataclass(eq=False)
+class _CapturedGraph:
+    graph: torch.cuda.CUDAGraph
+    pool: _Pool  # second, so that it goes after the graph
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+_streams_taken: set[int] = set()
+_taking_stream = threading.Lock()
+
+
+def _unshared_stream(device: torch.device) -> torch.cuda.Stream:
+    with _taking_stream:
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream(device, priority=PRIORITY)
+            if stream.cuda_stream not in _streams_taken:
+                _streams_taken.add(stream.cuda_stream)
+                return stream
+    raise RuntimeError(f"all {STREAMS} streams that there are for captures belong to the graphs of other heads")
+
+
+_abandoned: list[torch.cuda.CUDAGraph] = []
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, began: bool, pool: _Pool) -> None:
+    """Undo for the memory allocator what a capture that failed began. Otherwise it goes on allocating to the pool, refuses the
+    next capture into it, and frees nothing in torch.cuda.empty_cache()."""
+    try:
+        graph.pool()
+        ended = True  # captured, if not instantiated: gives back its share of the pool itself
+    except RuntimeError:
+        ended = False
+    graph.reset()
+    index, took_share = pool.stream.device.index, began
+    with suppress(AttributeError, RuntimeError):  # no such function, or ended already, as since torch 2.13
+        torch._C._cuda_endAllocateToPool(index, pool.id)
+        took_share = True
+    if FAILED_CAPTURES_KEEP_THEIR_POOL:
+        _abandoned.append(graph)  # the allocator of pinned memory, where nobody can end it, goes on asking this object
+        if took_share and not ended:
+            with suppress(AttributeError, RuntimeError):
+                torch._C._cuda_releasePool(index, pool.id)
+
+
+_captures = 0
+_collecting = False
+_counting_captures = threading.Lock()
 
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """A garbage collection might free something of CUDA's, which ends a capture."""
-    collecting = gc.isenabled()
-    gc.disable()
+    """A garbage collection might free something of CUDA's, which ends a capture. On again after the last of several."""
+    global _captures, _collecting
+    with _counting_captures:
+        if _captures == 0:
+            _collecting = gc.isenabled()
+            gc.disable()
+        _captures += 1
     try:
         yield
     finally:
-        if collecting:
-            gc.enable()
+        with _counting_captures:
+            _captures -= 1
+            if _captures == 0 and _collecting:
+                gc.enable()
 
 
 _setting_aside = threading.Lock()
@@ -285,8 +385,12 @@ _setting_aside = threading.Lock()
 
 @contextmanager
 def _default_generator_set_aside() -> Iterator[None]:
-    """When a capture begins, PyTorch puts the state of this device's default generator into a mode in which drawing from it
-    elsewhere is an error until the capture ends, and for ever if it fails. It gets a copy: nothing is drawn in these graphs."""
+    """When a capture begins, PyTorch before 2.13 puts the state of this device's default generator into a mode in which drawing
+    from it elsewhere is an error until the capture ends, and for ever if it fails. It gets a copy: nothing is drawn in these
+    graphs. What other threads draw in that moment, they draw from the copy."""
+    if GENERATORS_ARE_APART:
+        yield
+        return
     with _setting_aside:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         own = generator.graphsafe_get_state()

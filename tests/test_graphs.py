@@ -196,7 +196,10 @@ def test_a_capture_that_another_thread_spoils_costs_nothing_but_itself():
     assert cache.counters() | {"graphs": 3, "evictions": 0, "captures": 3, "failures": 4, "hits": 1} == cache.counters()
 
 
-def test_the_default_generator_has_its_own_state_again_after_a_capture_began(monkeypatch):
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_default_generator_has_its_own_state_again_after_a_capture_began(monkeypatch, apart):
+    """And is not touched where PyTorch keeps apart what a capture needs of it."""
+
     class Generator:
         state = "own"
 
@@ -210,11 +213,12 @@ def test_the_default_generator_has_its_own_state_again_after_a_capture_began(mon
             self.state = state
 
     generator = Generator()
+    monkeypatch.setattr(graphs, "GENERATORS_ARE_APART", apart)
     monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for spoiled in (False, True):
         with contextlib.suppress(RuntimeError), graphs._default_generator_set_aside():
-            assert generator.state == "copy of own"
+            assert generator.state == ("own" if apart else "copy of own")
             if spoiled:
                 raise RuntimeError("capture failed")
         assert generator.state == "own"
