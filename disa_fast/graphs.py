@@ -36,7 +36,6 @@ from torch import Tensor
 from . import profiling
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-Buffers = dict[str, Tensor]
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], tuple[Replay, int]]
 
@@ -80,14 +79,27 @@ def layout_bytes(layout: Layout) -> int:
     return sum(_up(math.prod(shape) * dtype.itemsize) for shape, dtype in layout.values())
 
 
+class Buffers(dict[str, Tensor]):
+    """Tensors by name, cut from `arena` one behind the other."""
+
+    def __init__(self, arena: Tensor, named: Mapping[str, Tensor]) -> None:
+        super().__init__(named)
+        self.arena = arena
+
+    def span(self, first: str, last: str) -> Tensor:
+        """The bytes from where one begins to where another, behind it, ends."""
+        start, end = (self[name].data_ptr() - self.arena.data_ptr() for name in (first, last))
+        return self.arena[start : end + self[last].nbytes]
+
+
 def cut(arena: Tensor, layout: Layout) -> Buffers:
-    """The named buffers, one behind the other in `arena`, a uint8 tensor of layout_bytes(layout) or more."""
-    buffers, at = {}, 0
+    """The buffers of a layout in `arena`, a uint8 tensor of layout_bytes(layout) or more."""
+    named, at = {}, 0
     for name, (shape, dtype) in layout.items():
         size = math.prod(shape) * dtype.itemsize
-        buffers[name] = arena[at : at + size].view(dtype).view(shape)
+        named[name] = arena[at : at + size].view(dtype).view(shape)
         at += _up(size)
-    return buffers
+    return Buffers(arena, named)
 
 
 def allocate(layout: Layout, device: torch.device) -> Buffers:

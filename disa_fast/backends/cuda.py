@@ -159,7 +159,7 @@ def denoise(
     philox = step_noise if isinstance(step_noise, Philox) else None
     given = None if philox else step_noise
     fill_rest = triton.inputs(w, z, table, cfg, temperature, noise, given)
-    streams = philox.streams_of(len(noise), z.device) if philox else None
+    streams = None if philox is None or philox.streams is None else philox.streams_of(len(noise), z.device)
 
     def shape(rows: int) -> Shape:
         return Shape(len(table), rows, cfg != 1.0, given is not None, *HOISTS, philox is not None)
@@ -168,7 +168,8 @@ def denoise(
         fill_rest(buffers)
         if philox:
             buffers["philox"][0].fill_(philox.seed - (philox.seed >> 63 << 64))  # the same bits, signed
-            buffers["philox"][1 : 1 + len(noise)].copy_(streams)
+            into = buffers["philox"][1 : 1 + len(noise)]
+            torch.arange(len(noise), out=into) if streams is None else into.copy_(streams)
 
     return triton.replayed(w, shape, layout, loop, fill, z, noise)
 

@@ -133,19 +133,22 @@ def denoise(
 def inputs(
     w: Weights, z: Tensor, table: StepTable, cfg: float, temperature: float, noise: Tensor, step_noise: Tensor | None
 ) -> Callable[[Buffers], None]:
-    """What fills the inputs of `loop`, in buffers for as many rows or more."""
-    times, steps, halves = w.time_table(table), w.step_table(table), 2 if cfg != 1.0 else 1
+    """What fills the inputs of `loop`, in buffers for as many rows or more: one launch each for z, the tables, the scalars, the
+    start and the noise. One kernel for all would take as long to launch from Python as these five."""
+    tables, guided = w.tables(table), cfg != 1.0
 
     def fill(buffers: Buffers) -> None:
-        for half, into in zip(z.chunk(halves), buffers["z"].chunk(halves), strict=True):
-            into[: len(half)].copy_(half)
-        buffers["times"].copy_(times)
-        buffers["steps"].copy_(steps)
+        into = buffers["z"]
+        if guided and len(z) < len(into):  # both halves are padded
+            halves = into.view(2, -1, into.shape[1])
+            halves[:, : len(z) // 2].copy_(z.view(2, -1, into.shape[1]))
+        else:
+            into[: len(z)].copy_(z)
+        buffers.span("times", "steps").copy_(tables)
+        buffers["scalars"].view(torch.complex64).fill_(complex(cfg, temperature))  # both in one
         buffers["x"][: len(noise)].copy_(noise)
         if step_noise is not None:
             buffers["noise"][:, : len(noise)].copy_(step_noise)
-        buffers["scalars"][0].fill_(cfg)
-        buffers["scalars"][1].fill_(temperature)
 
     return fill
 
@@ -170,7 +173,7 @@ def replayed(
             buffers = graphs.allocate(layout(w, exact), z.device)
             fill(buffers)
             loop(w, exact, buffers)
-            out = buffers["x"]
+            out = buffers["x"].clone()  # which does not keep the others
         return out
 
 
@@ -190,6 +193,17 @@ class Weights:
         self.graphs = graphs.Graphs(device)
         self.time_table = mlp.TimeTables(functools.partial(mlp.embed_time, p), device)
         self.step_table = functools.lru_cache(mlp.TIME_TABLES_KEPT)(functools.partial(_step_table, device=device))
+        self.tables = functools.lru_cache(mlp.TIME_TABLES_KEPT)(functools.partial(_tables, self.time_table, self.step_table))
+
+
+def _tables(time_table: Callable[[StepTable], Tensor], step_table: Callable[[StepTable], Tensor], table: StepTable) -> Tensor:
+    """Of a StepTable, uint8: times and steps as they lie in the buffers of `layout`, to be copied at once."""
+    made = {"times": time_table(table), "steps": step_table(table)}
+    joined = graphs.allocate({name: (tuple(part.shape), part.dtype) for name, part in made.items()}, made["times"].device)
+    for name, part in made.items():
+        joined[name].copy_(part)
+    settle(joined.arena.device)
+    return joined.span(*made)
 
 
 def _step_table(table: StepTable, device: torch.device) -> Tensor:

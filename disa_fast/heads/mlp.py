@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -218,8 +219,8 @@ class TimeTables:
     """time_embed of every step of a table, [T, width]: embed(t), t [T] float64 on `device`; kept for the grids used last (H1)."""
 
     def __init__(self, embed: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        def make(t: tuple[float, ...]) -> Tensor:  # no method, which would hold this object, and the weights, in a cycle
-            made = embed(torch.tensor(t, dtype=torch.float64, device=device))
+        def make(t: bytes) -> Tensor:  # no method, which would hold this object, and the weights, in a cycle
+            made = embed(torch.tensor(np.frombuffer(t), device=device))
             settle(device)
             return made
 
@@ -227,7 +228,7 @@ class TimeTables:
         self.cache_info = self._of_grid.cache_info
 
     def __call__(self, table: StepTable) -> Tensor:
-        return self._of_grid(tuple(table.t.tolist()))
+        return self._of_grid(table.t.tobytes())
 
 
 class HoistedWeights:
@@ -499,12 +500,25 @@ def draws_of(generator: torch.Generator | None, device: torch.device) -> tuple[D
     generator, also for a model on a GPU, the rest where the model is; or all with the generator given."""
 
     check_generator(generator)
+    return (TorchDraw(torch.device("cpu"), device, generator), TorchDraw(device, device, generator))
 
-    def on(source: torch.device) -> Draw:
-        source = source if generator is None else generator.device
-        return lambda shape, dtype: torch.randn(shape, dtype=dtype, device=source, generator=generator).to(device)
 
-    return on(torch.device("cpu")), on(device)
+class TorchDraw:
+    """torch.randn with `generator`, or with the global one of `source` if None, brought to `device`."""
+
+    def __init__(self, source: torch.device, device: torch.device, generator: torch.Generator | None) -> None:
+        self.source = source if generator is None else generator.device
+        self.device, self.generator = device, generator
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=self.source, generator=self.generator).to(self.device)
+
+    def several(self, shapes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """[number, *shape]: what as many calls would draw, one after the other, without a copy of each."""
+        drawn = torch.empty(shapes, dtype=dtype, device=self.source)
+        for each in drawn.unbind():
+            each.normal_(generator=self.generator)
+        return drawn.to(self.device)
 
 
 def checked(draw: Draw) -> Draw:
@@ -541,6 +555,8 @@ def draw_noise(
     if noise is None:
         noise = draw_start((rows // 2 if guided else rows, channels), torch.float32)
     if step_noise is None and table.draws:
+        if isinstance(draw_step, TorchDraw) and dtype == torch.float32:
+            return noise, draw_step.several((len(table), rows, channels), dtype)
         dtypes = [torch.float32] + [dtype] * (len(table) - 1)
         step_noise = torch.stack([draw_step((rows, channels), each).to(dtype) for each in dtypes])
     return noise, step_noise

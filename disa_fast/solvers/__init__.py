@@ -58,15 +58,31 @@ def resolve(solver: str | Solver, clip: int | str | None = DEFAULT_CLIP, diffusi
     if build in (ddpm, ddim):
         if is_default(clip):
             clip = default_clip(solver, base)
-        build = functools.partial(build, clip=checked_clip(clip, base), diffusion=diffusion)
-    elif not is_default(clip):
+        return _clipped(build, checked_clip(clip, base), diffusion)
+    if not is_default(clip):
         raise ValueError(f"clip: only 'ddpm' and 'ddim' take one, got clip = {clip!r} with solver {solver!r}")
-    elif diffusion is not None and isinstance(solver, str):
+    if diffusion is not None and isinstance(solver, str):
         raise UnsupportedError(
             f"solver: {solver!r} serves the cosine schedule of {BASE_STEPS} steps and noise prediction alone; "
             "the model was trained with another diffusion, which 'ddpm' and 'ddim' serve"
         )
-    return untraced(functools.lru_cache(maxsize=256)(build))
+    return _kept(build) if callable(solver) else _unclipped(solver == "dpm_solver++")
+
+
+def _kept(build: Solver) -> Solver:
+    """`build`, which makes a table of a number of steps once. True is no number, and what stands for 1 elsewhere is refused."""
+    return untraced(functools.lru_cache(maxsize=256, typed=True)(build))
+
+
+# The same for all calls, so that one image after the other makes no table anew.
+@functools.lru_cache(64)
+def _clipped(build: Callable[..., StepTable], clip: int | None, diffusion: Diffusion | None) -> Solver:
+    return _kept(functools.partial(build, clip=clip, diffusion=diffusion))
+
+
+@functools.lru_cache(2)
+def _unclipped(plus_plus: bool) -> Solver:
+    return _kept(functools.partial(dpm_solver, plus_plus=plus_plus))
 
 
 def default_clip(solver: str, base: int = BASE_STEPS) -> int:
@@ -107,4 +123,4 @@ def resolve_flow(solver: str | Solver, grid: str) -> Solver:
     by_name: dict[str, Solver] = {"euler": functools.partial(_flow_euler, grid=grid), "euler_maruyama": _flow_euler_maruyama}
     check_choice("grid", grid, GRIDS)
     build = _named(solver, by_name)
-    return untraced(functools.lru_cache(maxsize=256)(build)) if callable(solver) else build
+    return _kept(build) if callable(solver) else build

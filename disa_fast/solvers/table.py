@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ OUTPUTS = ("noise", "velocity")
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """What a backend runs: row i of the table is step i of the trajectory, in the order of sampling.
+    """What a backend runs: row i of the table is step i of the trajectory, in the order of sampling. Tables of the same contents
+    are equal, so that what is derived from one and kept serves all of them.
 
     With x the state, (o, v) the network's output after guidance and o_prev the output of the step before:
 
@@ -41,6 +43,17 @@ class StepTable:
     noisy: np.ndarray
     draws: bool
     output: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, StepTable) and self._contents == other._contents)
+
+    def __hash__(self) -> int:
+        return hash(self._contents)
+
+    @functools.cached_property
+    def _contents(self) -> bytes:
+        columns = (self.t, self.a, self.b, self.c, self.l0, self.l1, self.noisy)
+        return f"{self.solver!r} {self.draws} {self.output}\n".encode() + b"".join(column.tobytes() for column in columns)
 
     @untraced
     def __post_init__(self) -> None:
