@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from upstream_like import SMALL
 
-from disa_fast import MLPHead, backends, models, onednn, solvers
+from disa_fast import MLPHead, Philox, backends, models, onednn, solvers
 from disa_fast.backends import cpu, cuda, hoisted, triton, triton_ops
 from disa_fast.graphs import Graphs, row_bucket
 from disa_fast.heads.mlp import FREQUENCIES, MLPNet, MLPSpec
@@ -499,6 +499,110 @@ def test_allocations_of_a_replay(launched, counting_gpu, backend, dtype, steps):
     settings = mlp_call(head, 6, 3.0, steps, backend=backend)
     weights_of(head, backend).graphs = Graphs(CPU, Recorder())
     assert allocated(lambda: head.denoise(**settings)) == (2, 4 * (3 + 6) * 16)
+
+
+# What a call costs beside its loop -------------------------------------------------------------------------------------
+
+FILL = Counter({"copy_": 4, "fill_": 1})  # z, the tables, start and noise; both scalars
+RESULT = Counter({"clone": 1})
+
+
+def operators_of(run) -> Counter:
+    """Without those that make views or look at dtypes."""
+    with Operators() as operators:
+        run()
+    return operators.counter - Counter({"promote_types": 1})
+
+
+def replaying(head: MLPHead, backend: str) -> None:
+    """What a replay launches is not counted: it does nothing."""
+    weights_of(head, backend).graphs = Graphs(CPU, lambda loop: (lambda: None, 0))
+
+
+def filled_one_by_one(w, z, table, cfg, temperature, noise, step_noise):
+    times, steps, halves = w.time_table(table), w.step_table(table), 2 if cfg != 1.0 else 1
+
+    def fill(buffers):
+        for half, into in zip(z.chunk(halves), buffers["z"].chunk(halves), strict=True):
+            into[: len(half)].copy_(half)
+        for name, part in (("times", times), ("steps", steps), ("x", noise), ("noise", step_noise)):
+            buffers[name].narrow(-2, 0, part.shape[-2]).copy_(part)
+        for scalar, value in zip(buffers["scalars"], (cfg, temperature), strict=True):
+            scalar.fill_(value)
+
+    return fill
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("rows", "cfg"), [(6, 3.0), (8, 3.0), (5, 1.0)])
+@pytest.mark.parametrize(("backend", "dtype"), [("triton", torch.float32), ("cuda", torch.bfloat16)])
+def test_launches_around_a_replay(launched, counting_gpu, monkeypatch, backend, dtype, rows, cfg):
+    """Five before it and one after, or two under guidance; padded or not. Noise that is drawn is one more a step, and two for all:
+    the start, and memory for the rest."""
+    head = mlp_head(dtype=dtype)
+    replaying(head, backend)
+    settings = mlp_call(head, rows, cfg, 4, backend=backend)
+    drawn = {name: value for name, value in settings.items() if "noise" not in name}
+    head.denoise(**settings)
+    around = FILL + RESULT + Counter({"cat": int(cfg != 1.0)})
+    assert operators_of(lambda: head.denoise(**settings)) == around
+    draws = Counter({"randn": 1, "empty": 1, "normal_": 4})
+    assert operators_of(lambda: head.denoise(**drawn)) == around + draws
+    monkeypatch.setattr(triton, "inputs", filled_one_by_one)
+    assert operators_of(lambda: head.denoise(**settings)).total() == around.total() + (3 if cfg != 1.0 else 2)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("streams", [None, torch.arange(5) + 7])
+def test_launches_around_a_replay_that_draws(launched, counting_gpu, streams):
+    """No noise of the steps; seed and streams are two."""
+    head = mlp_head(dtype=torch.bfloat16)
+    replaying(head, "cuda")
+    settings = mlp_call(head, 5, 1.0, 4, backend="cuda", step_noise=None, rng=Philox(3, streams))
+    head.denoise(**settings)
+    others = Counter({"fill_": 1, "arange" if streams is None else "copy_": 1})
+    assert operators_of(lambda: head.denoise(**settings)) == FILL - Counter({"copy_": 1}) + others + RESULT
+
+
+def check_images(head: MLPHead, image) -> None:
+    """The second derives nothing of its tables."""
+    w, missed = weights_of(head, "triton"), []
+    for _ in range(2):
+        image()
+        missed.append([kept.cache_info().misses for kept in (w.tables, w.step_table, w.time_table)])
+    assert missed[0] == missed[1] == [5] * 3
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mutant", [None, "hashed by identity"])
+def test_an_image_after_the_first_derives_nothing(launched, monkeypatch, mutant):
+    """Also of a user's solver, whose tables are new for every image. Tables by identity would be: that is seen."""
+    model = models.MAR(**SMALL).eval()
+    replaying(model.head, "triton")
+
+    def own(steps: int) -> solvers.StepTable:
+        return solvers.ddpm(steps)
+
+    def image():
+        model.sample_tokens(torch.tensor([1]), "linear:7-3", num_iter=5, backend="triton", solver=own)
+
+    if mutant:
+        monkeypatch.setattr(solvers.StepTable, "__hash__", object.__hash__)
+        monkeypatch.setattr(solvers.StepTable, "__eq__", object.__eq__)
+        with pytest.raises(AssertionError):
+            check_images(model.head, image)
+    else:
+        check_images(model.head, image)
+
+
+def test_only_the_backend_asked_for_is_asked(monkeypatch):
+    asked = []
+    for name, backend in backends.BACKENDS.items():
+        monkeypatch.setattr(backend, "refuses", lambda *rest, name=name: asked.append(name))
+    choose = (mlp_head().spec, torch.float32, CPU, 4)
+    assert backends.choose("hoisted", *choose) == "hoisted"
+    assert backends.choose("auto", *choose) == "cpu"
+    assert asked == ["hoisted", "cpu"]
 
 
 # Network evaluations ---------------------------------------------------------------------------------------------------

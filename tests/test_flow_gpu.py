@@ -14,7 +14,7 @@ from flow_peers import UpstreamFlowAR, UpstreamXAR
 from recorded import golden, golden_cases
 
 import disa_fast
-from disa_fast import models, solvers
+from disa_fast import graphs, models, solvers
 from disa_fast.backends import triton
 
 pytestmark = [
@@ -289,13 +289,15 @@ def test_several_threads(model):
     stop, wrong = threading.Event(), []
 
     def disturb():
-        try:
-            with torch.cuda.stream(torch.cuda.Stream(GPU)):
-                while not stop.is_set():
+        with torch.cuda.stream(torch.cuda.Stream(GPU)):
+            while not stop.is_set():
+                try:
                     x = torch.randn(256, 256, device=GPU)
                     float((x @ x).sum())
-        except RuntimeError as error:
-            wrong.append(error)
+                except RuntimeError as error:
+                    if graphs.GENERATORS_ARE_APART or "Offset increment outside graph capture" not in str(error):
+                        wrong.append(error)  # the other is told of in graphs.py, and the next draw is right again
+                        return
 
     def count():
         while not stop.is_set():

@@ -131,3 +131,11 @@ def test_a_forgotten_head_leaves_nothing_behind():
     assert copy.deepcopy(head)._number != number
     del head
     assert number not in ops._heads
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this PyTorch cannot be told")
+@pytest.mark.parametrize("name", ["mlp_denoise", "draw_noise"])
+def test_the_operators_are_no_part_of_somebody_elses_cuda_graph(name):
+    """torch.compile(mode="reduce-overhead") cuts its graphs at what has this tag."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.disa_fast, name).default.tags
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.aten.mul.Tensor.tags

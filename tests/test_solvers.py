@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -250,3 +251,40 @@ def test_resolve_flow():
             ValueError, match=rf"solver: expected one of \['euler', 'euler_maruyama'\] or a callable .*got {name!r}"
         ):
             resolve_flow(name, "flowar")
+
+
+def test_tables_are_equal_by_contents():
+    """Of everything that is told apart, so that what one is kept for serves no other."""
+    table = ddpm(5)
+    assert table == ddpm(5)
+    assert hash(table) == hash(ddpm(5))
+    others = [dataclasses.replace(table, **{name: getattr(table, name) + 0.5}) for name in ("t", "a", "b", "c", "l0", "l1")]
+    others += [dataclasses.replace(table, noisy=~table.noisy), dataclasses.replace(table, solver="another")]
+    others += [dataclasses.replace(table, noisy=table.noisy & False, draws=draws) for draws in (True, False)]
+    others += [dataclasses.replace(table, output=None), ddpm(6), "ddpm"]
+    assert len({table, *others}) == 1 + len(others)
+    assert all(table != other for other in others)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "dpm_solver++"])
+def test_one_call_after_the_other_shares_tables(name):
+    assert resolve(name)(7) is resolve(name)(7)
+    own = functools.partial(ddpm, clip=900)
+    assert resolve(own)(7) is not resolve(own)(7)
+    assert resolve(own)(7) == resolve(own)(7)
+
+
+def test_other_settings_are_other_tables():
+    tables = [resolve("ddpm")(7), resolve("ddpm", None)(7), resolve("ddpm", 900)(7), resolve("ddim")(7), resolve("dpm_solver")(7)]
+    tables.append(resolve("dpm_solver++")(7))
+    assert len(set(tables)) == len(tables)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "euler", "euler_maruyama"])
+def test_what_equals_one_step_is_still_refused(name):
+    """After a table of one step was kept."""
+    table_for = resolve_flow(name, "uniform") if name.startswith("euler") else resolve(name)
+    table_for(1)
+    for odd in (True, 1.0):
+        with pytest.raises(ValueError, match="steps: expected"):
+            table_for(odd)

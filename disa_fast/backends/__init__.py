@@ -41,6 +41,11 @@ BACKENDS = {"cuda": cuda, "triton": triton, "cpu": cpu, "hoisted": hoisted, "ref
 
 def survey(spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> dict[str, str | None]:
     """Each backend's answer to a call like this, the fastest first: None if it can serve it, else why not."""
+    names = _fastest_first(spec, dtype, device, rows)
+    return {name: _refuses(name, spec, dtype, device, rows, batch_invariant) for name in names}
+
+
+def _fastest_first(spec: Spec, dtype: torch.dtype, device: torch.device, rows: int) -> list[str]:
     names = list(BACKENDS)
     if device.type == "cpu":
         names = [*names[2:], "triton", "cuda"]  # interpreted there, if at all
@@ -48,7 +53,7 @@ def survey(spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batc
             names[:2] = ["hoisted", "cpu"]
     elif rows > cuda.fastest_up_to(spec.width, device):
         names[:2] = ["triton", "cuda"]
-    return {name: _refuses(name, spec, dtype, device, rows, batch_invariant) for name in names}
+    return names
 
 
 def _refuses(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool) -> str | None:
@@ -60,15 +65,17 @@ def _refuses(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, ro
 def choose(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str:
     """The backend asked for, or under "auto" the fastest that can serve the call: a key of BACKENDS. UnsupportedError if none."""
     check_flag("batch_invariant", batch_invariant)
+    asked: list[str] = []
+    if isinstance(name, str):
+        asked = _fastest_first(spec, dtype, device, rows) if name == "auto" else [name] if name in BACKENDS else []
+    for backend in asked:  # and no others, since every call asks
+        if _refuses(backend, spec, dtype, device, rows, batch_invariant) is None:
+            return backend
     why_not = survey(spec, dtype, device, rows, batch_invariant)
     able = [backend for backend, reason in why_not.items() if reason is None]
     if not isinstance(name, str) or name not in ("auto", *BACKENDS):
         raise UnsupportedError(f"backend: {name!r} is not one that this version has; can serve this call: {['auto', *able]}")
     if name == "auto":
-        if not able:
-            reasons = "; ".join(f"{backend}: {reason}" for backend, reason in why_not.items())
-            raise UnsupportedError(f"backend: none can run {spec} in {dtype} on {device}: {reasons}")
-        return able[0]
-    if name not in able:
-        raise UnsupportedError(f"backend: {name!r} cannot serve this call: {why_not[name]}; can: {['auto', *able]}")
-    return name
+        reasons = "; ".join(f"{backend}: {reason}" for backend, reason in why_not.items())
+        raise UnsupportedError(f"backend: none can run {spec} in {dtype} on {device}: {reasons}")
+    raise UnsupportedError(f"backend: {name!r} cannot serve this call: {why_not[name]}; can: {['auto', *able]}")

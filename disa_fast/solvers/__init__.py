@@ -111,9 +111,8 @@ def _made_by(solver: Solver, steps: int) -> StepTable:
     return table
 
 
-# One table for all calls, since what is derived from a table is kept by table.
-_flow_euler = untraced(functools.lru_cache(maxsize=256)(flow_euler))
-_flow_euler_maruyama = untraced(functools.lru_cache(maxsize=256)(flow_euler_maruyama))
+# One table for all calls, as above.
+_flow_euler, _flow_euler_maruyama = _kept(flow_euler), _kept(flow_euler_maruyama)
 
 
 @untraced
