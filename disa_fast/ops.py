@@ -24,7 +24,7 @@ _numbers = itertools.count()
 
 # Not for the graphs that torch.compile(mode="reduce-overhead") captures: the loop has graphs of its own, whose buffers and weights
 # would come from that graph's memory pool, and noise is drawn on the CPU too.
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 def register(head: "MLPHead") -> int:
@@ -34,7 +34,7 @@ def register(head: "MLPHead") -> int:
     return number
 
 
-@torch.library.custom_op("disa_fast::mlp_denoise", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("disa_fast::mlp_denoise", mutates_args=(), **_TAGS)
 def mlp_denoise(
     parameters: Sequence[Tensor],
     z: Tensor,
@@ -65,7 +65,7 @@ def _(parameters, z, columns, cfg, temperature, noise, step_noise, head, backend
     return z.new_empty((z.shape[0], noise.shape[1]), dtype=state)
 
 
-@torch.library.custom_op("disa_fast::draw_noise", mutates_args=("noise", "step_noise"), tags=_TAGS)
+@torch.library.custom_op("disa_fast::draw_noise", mutates_args=("noise", "step_noise"), **_TAGS)
 def draw_noise(noise: Tensor, step_noise: Tensor, cfg: Tensor) -> None:
     """Fill [rows, channels] and [T, rows, channels] as heads.mlp.draw_noise draws them; either may be empty, and stays so.
 

@@ -125,11 +125,10 @@ def test_noise_of_the_steps_is_what_one_draw_after_the_other_gives(shape, seeded
     check_draws(shape, seeded)
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 9), (5, 16, 16)])
-def test_other_numbers_would_be_seen(monkeypatch, shape):
+def test_other_numbers_would_be_seen(monkeypatch):
     monkeypatch.setattr(TorchDraw, "several", lambda self, shape, dtype: torch.randn(shape, dtype=dtype))
     with pytest.raises(AssertionError):
-        check_draws(shape, seeded=False)
+        check_draws((2, 7, 9), seeded=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -440,7 +441,7 @@ class MLPHead(Packing):
                 for name, tensor, lead in (("noise", noise, ()), ("step_noise", step_noise, (len(table),)))
             )
             noise_of_steps = philox if step_noise is None and table.draws else step_noise
-            with torch.autocast(z.device.type, enabled=False):
+            with without_autocast(z.device.type):
                 x = chosen.denoise(self, z.to(dtype), table, cfg, temperature, noise, noise_of_steps, batch_invariant)
             return torch.cat([x, x]) if guided else x
 
@@ -501,6 +502,11 @@ def draws_of(generator: torch.Generator | None, device: torch.device) -> tuple[D
 
     check_generator(generator)
     return (TorchDraw(torch.device("cpu"), device, generator), TorchDraw(device, device, generator))
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """torch.autocast off, for which nothing is done where it is."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class TorchDraw:
