@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch_cuda import GRAPH_BYTES, STREAMS, VERSIONS, TorchCuda
 
-from disa_fast import MLPHead, graphs
+from disa_fast import MLPHead, graphs, solvers
 from disa_fast.graphs import Graphs, _CudaCapture
-from disa_fast.heads import packing
+from disa_fast.heads import mlp, packing
 from disa_fast.heads.mlp import MLPNet, MLPSpec
 from disa_fast.heads.packing import Packing
 
@@ -285,6 +285,19 @@ def test_streams_that_are_not_known_are_seen(cuda_213, on_gpu, monkeypatch, muta
     else:
         monkeypatch.setattr(Packing, "_reset", changed)
     undone(monkeypatch, lambda: check_streams_that_read(cuda_213))
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_tables_that_go_out_of_use_wait_for_the_streams_that_read_them(cuda_213, on_gpu, monkeypatch, mutant):
+    """Which lie in caches of their own."""
+    if mutant:
+        monkeypatch.setattr(mlp, "read_here", lambda kept: kept)
+    kept, side = mlp.TimeTables(lambda t: t.float(), CPU), torch.cuda.Stream()
+    for stream in (cuda_213.default, side, side):
+        with torch.cuda.stream(stream):
+            made = kept(solvers.ddpm(3))
+    read = [stream.cuda_stream for tensor, stream in cuda_213.recorded if tensor is made]
+    assert read == ([] if mutant else [0, side.cuda_stream, side.cuda_stream])
 
 
 def test_what_is_made_within_a_capture_is_not_kept(cuda_213, on_gpu):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import graphs
 from ..heads import flow, mlp
-from ..heads.packing import settle
+from ..heads.packing import read_here, settle
 from ..kernels.triton import tiles
 from ..kernels.triton.tiles import Tile, Tiles
 from ..solvers import StepTable
@@ -135,7 +135,7 @@ def inputs(
 ) -> Callable[[Buffers], None]:
     """What fills the inputs of `loop`, in buffers for as many rows or more: one launch each for z, the tables, the scalars, the
     start and the noise. One kernel for all would take as long to launch from Python as these five."""
-    tables, guided = w.tables(table), cfg != 1.0
+    tables, guided = read_here(w.tables(table)), cfg != 1.0
 
     def fill(buffers: Buffers) -> None:
         into = buffers["z"]

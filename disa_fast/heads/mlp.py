@@ -33,7 +33,7 @@ from ..philox import Philox, check_rng
 from ..schedule import Schedule, as_schedule, steps_at
 from ..solvers import DEFAULT_CLIP, Solver, StepTable, resolve
 from ..untraced import untraced
-from .packing import Packing, holding, parameters_of, settle, state_of
+from .packing import Packing, holding, parameters_of, read_here, settle, state_of
 
 FREQUENCIES = 256
 LN_EPS = 1e-6
@@ -229,7 +229,7 @@ class TimeTables:
         self.cache_info = self._of_grid.cache_info
 
     def __call__(self, table: StepTable) -> Tensor:
-        return self._of_grid(table.t.tobytes())
+        return read_here(self._of_grid(table.t.tobytes()))
 
 
 class HoistedWeights:

@@ -241,6 +241,13 @@ def settle(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def read_here(kept: Tensor) -> Tensor:
+    """`kept`, which may go while the current stream still reads it: its memory then waits for that."""
+    if kept.is_cuda:
+        kept.record_stream(torch.cuda.current_stream(kept.device))
+    return kept
+
+
 def state_of(sd: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The part of a state dict whose keys start with `prefix`, without it. ValueError for what are no parameters."""
     if not isinstance(sd, Mapping) or not all(isinstance(name, str) for name in sd):
