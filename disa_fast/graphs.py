@@ -337,6 +337,8 @@ _taking_stream = threading.Lock()
 
 
 def _unshared_stream(device: torch.device) -> torch.cuda.Stream:
+    """One that no other pool has, as long as may be one that none has had: before torch 2.13 cuBLAS keeps the workspace that a
+    stream has in a pool which is no more, and would lose it if somebody cleared all workspaces."""
     with _taking_stream:
         for _ in range(STREAMS):
             stream = torch.cuda.Stream(device, priority=PRIORITY)
