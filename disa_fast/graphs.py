@@ -7,9 +7,9 @@ captures waits on the host for its own stream and compiles, and calls from other
 inputs, so one graph serves every seed, solver, guidance scale and temperature of its shape.
 
 Other threads may launch, allocate, and wait for streams and events during a capture, which is begun in CUDA's thread-local mode. A
-wait for the whole device, torch.cuda.synchronize(), ends it: that call runs without a graph and a later one captures. Before torch
-2.13 a number drawn on the GPU by another thread in the moment in which a capture begins may fail ("Offset increment outside graph
-capture") or come twice: warm up (MLPHead.warmup, or one image) before other threads draw there.
+wait for the whole device, torch.cuda.synchronize(), may end it: that call runs without a graph and a later one captures. Before
+torch 2.13 a number drawn on the GPU by another thread in the moment in which a capture begins may fail ("Offset increment outside
+graph capture") or come twice: warm up (MLPHead.warmup, or one image) before other threads draw there.
 
 Of a graph's memory, working space and what cuBLAS takes (32 MiB on compute capability 9.0 for each thread that captures) lie in a
 pool of the head's own. What an evicted graph had there serves the head's next one; it is given back with the last of them.
@@ -232,6 +232,8 @@ class Graphs:
             with torch.inference_mode(False):
                 arena = self._arena_of(size)
                 buffers = cut(arena, layout)
+            if self.device.type == "cuda":
+                arena.record_stream(torch.cuda.current_stream(self.device))
             fill(buffers)
             with profiling.range(profiling.CAPTURE, key):
                 replay, own_bytes = self._capture_loop(lambda: loop(buffers))
@@ -239,8 +241,8 @@ class Graphs:
             self.failures += 1
             self._failed_in_a_row += 1
             if isinstance(error, torch.OutOfMemoryError):
-                if self._free is not None:
-                    self._free.synchronize()
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()  # which has waited for the last replay
                 self._cache.clear()
                 self._arena = None
             warnings.warn(f"disa_fast: this call runs without a CUDA graph ({key}), since capturing failed: {error}", stacklevel=2)
@@ -337,8 +339,8 @@ _taking_stream = threading.Lock()
 
 
 def _unshared_stream(device: torch.device) -> torch.cuda.Stream:
-    """One that no other pool has, as long as may be one that none has had: before torch 2.13 cuBLAS keeps the workspace that a
-    stream has in a pool which is no more, and would lose it if somebody cleared all workspaces."""
+    """A stream that no other pool has. They come in turn, so those that no pool has had come first: before torch 2.13 cuBLAS goes
+    on using the workspace that a stream has in a pool which is no more, and loses it where somebody clears all workspaces."""
     with _taking_stream:
         for _ in range(STREAMS):
             stream = torch.cuda.Stream(device, priority=PRIORITY)

@@ -315,6 +315,17 @@ def test_what_is_made_within_a_capture_is_not_kept(cuda_213, on_gpu):
     assert call(cache, "b", lambda: head.hoisted(torch.float32)) == "graph"
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_arena_waits_for_the_stream_that_fills_it(cuda, monkeypatch, fails):
+    """Also where the capture then fails, and nothing is replayed."""
+    monkeypatch.setattr(Graphs, "_arena_of", lambda self, size: torch.empty(size, dtype=torch.uint8))
+    cuda.to_spoil = "end" if fails else ""
+    side, cache = torch.cuda.Stream(), Graphs(GPU, _CudaCapture(GPU))
+    with torch.cuda.stream(side):
+        assert call(cache, "a") == ("eager" if fails else "graph")
+    assert [stream.cuda_stream for _, stream in cuda.recorded] == [side.cuda_stream] * (1 if fails else 2)
+
+
 def test_graphs_go_after_their_last_replay(cuda, monkeypatch):
     monkeypatch.setattr(Graphs, "_arena_of", lambda self, size: torch.empty(size, dtype=torch.uint8))
     cache = Graphs(GPU, _CudaCapture(GPU))
