@@ -366,16 +366,16 @@ def test_graphs_go_on_after_one_that_found_no_memory(model, monkeypatch):
     """Which gives up all that there were."""
     calls = [call(model, steps=steps) for steps in (2, 3, 4)]
     expected = [without_graphs(model, settings) for settings in calls]
-    integrate, failing = triton.flow.integrate, iter([True])
+    flow_steps, failing = triton.flow_steps, iter([True])
 
     def without_memory(*arguments):
         if next(failing, False):
             raise torch.OutOfMemoryError("no memory left")
-        return integrate(*arguments)
+        return flow_steps(*arguments)
 
     assert torch.equal(run(model, calls[0]), expected[0])
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="since capturing failed: no memory left"):
-        patch.setattr(triton.flow, "integrate", without_memory)
+        patch.setattr(triton, "flow_steps", without_memory)
         assert torch.equal(run(model, calls[1]), expected[1])
     assert counted(model, "captures", "failures", "graphs") == (1, 1, 0)
     for settings, out in (*zip(calls, expected, strict=True), (calls[2], expected[2])):

@@ -22,10 +22,14 @@ def recorder(monkeypatch):
     return record_flow_graphs(monkeypatch)
 
 
+class Quick(hoisted.HoistedOps):
+    layout, captured = "for tests", True
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Where kernels do not matter: plain PyTorch between the products."""
-    monkeypatch.setattr(triton, "TritonOps", hoisted.HoistedOps)
+    monkeypatch.setattr(triton, "TritonOps", Quick)
 
 
 @pytest.fixture(params=KINDS)
