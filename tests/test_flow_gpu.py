@@ -12,6 +12,7 @@ from compare import assert_as_good_as, assert_close
 from flow_calls import KINDS, call, context_of, counted, in_dtype, run, small_model, with_context
 from flow_peers import UpstreamFlowAR, UpstreamXAR
 from recorded import golden, golden_cases
+from test_flow_step import both_ways
 
 import disa_fast
 from disa_fast import models, solvers
@@ -62,6 +63,14 @@ def without_graphs(model, settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISA_FAST_GRAPHS", "0")
         return run(model, in_dtype(settings, model.head.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_solver_is_bitwise_the_loop_in_pytorch(dtype):
+    """As in the interpreter: no two operations in float64 are fused."""
+    (state, seen), (last, expected) = both_ways(dtype, (True, False, True), (True, True, False), 3, 9, 16, GPU)
+    assert torch.equal(state, last)
+    assert all(torch.equal(one, two) for one, two in zip(seen, expected, strict=True))
 
 
 # As published ----------------------------------------------------------------------------------------------------------

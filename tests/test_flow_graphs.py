@@ -271,14 +271,47 @@ def test_packed_weights_follow_their_parameters(kind, through_data, quick):
     check_followed(kind, MLP, through_data)
 
 
+def first_of_packed():
+    """Packing.packed that never looks whether anything has changed."""
+    packed, kept = packing.Packing.packed, {}
+
+    def first(self, kind, dtype, build):
+        key = self, kind, dtype
+        if key not in kept:
+            kept[key] = packed(self, kind, dtype, build)
+        return kept[key]
+
+    return first
+
+
 @pytest.mark.parametrize(("through_data", "module", "name", "blind"), [
     (True, flow, "GATED_MLP", "no such name"),
-    (False, packing, "_tensors", lambda module: iter(())),
+    (False, flow.FlowHead, "packed", first_of_packed()),
 ])  # fmt: skip
 def test_packed_weights_that_follow_nothing_are_caught(through_data, module, name, blind, monkeypatch, quick):
     monkeypatch.setattr(module, name, blind)
     with pytest.raises(AssertionError, match="the graph goes on"):
         check_followed("plain", MLP[:1], through_data)
+
+
+def test_contents_are_compared_in_few_tensors(monkeypatch):
+    """In order, each of one dtype and of no more bytes than are allowed, unless it is one."""
+    monkeypatch.setattr(flow, "JOINED_BYTES", 100)
+    sizes = [
+        (10, torch.float32),
+        (15, torch.float32),
+        (1, torch.float32),
+        (30, torch.float32),
+        (2, torch.bfloat16),
+        (4, torch.bfloat16),
+    ]
+    tensors = [torch.randn(size).to(dtype) for size, dtype in sizes]
+    joined = list(flow.joined(tensors))
+    assert [(len(each), each.dtype) for each in joined] == [
+        (25, torch.float32), (1, torch.float32), (30, torch.float32), (6, torch.bfloat16),
+    ]  # fmt: skip
+    assert torch.equal(torch.cat(joined), torch.cat(tensors))
+    assert list(flow.joined([])) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,19 +31,19 @@ def velocity_of(dtype: torch.dtype, guided: tuple[bool, ...], n: int):
     def velocity(i: int, x: torch.Tensor) -> torch.Tensor:
         assert len(x) == (2 * n if guided[i] else n)
         seen.append(x.to(dtype, copy=True))
-        half = torch.arange(len(x))[:, None, None] // max(n, 1)
+        half = torch.arange(len(x), device=x.device)[:, None, None] // max(n, 1)
         return (0.8 * x.to(dtype).float() + 0.3 * i - 0.5 * half).to(dtype)
 
     return velocity, seen
 
 
-def both_ways(dtype, guided, noisy, n=2, tokens=3, channels=5, scale=1.0):
+def both_ways(dtype, guided, noisy, n=2, tokens=3, channels=5, device="cpu"):
     """(x, what the network saw) of the kernel, and of `integrate`."""
     torch.manual_seed(0)
-    x, noise = scale * torch.randn(n, tokens, channels).double(), torch.randn(len(guided), n, tokens, channels).double()
-    steps, scalars = flow.coefficients(table_of(noisy), x.device), torch.tensor([CFG, TEMPERATURE]).double()
+    x, noise = (torch.randn(*lead, n, tokens, channels).double().to(device) for lead in ((), (len(guided),)))
+    steps, scalars = flow.coefficients(table_of(noisy), x.device), torch.tensor([CFG, TEMPERATURE]).double().to(device)
     shape = triton.FlowShape(len(guided), n, tokens, 0, guided, noisy, "highest")
-    arena = torch.full((x.numel() + 2 * MARGIN,), GUARD, dtype=torch.float64)
+    arena = torch.full((x.numel() + 2 * MARGIN,), GUARD, dtype=torch.float64, device=device)
     state = arena[MARGIN:-MARGIN].view(x.shape).copy_(x)
 
     velocity, seen = velocity_of(dtype, guided, n)

@@ -37,8 +37,8 @@ from ..transformer import (
 )
 from ..untraced import untraced
 from .flow import Context, FlowHead, FlowWeights, Velocity, check_table, chunk_from, draw_flow_noise
-from .flow_transformer import time_index
-from .mlp import TimeTables, draws_of, embed_time
+from .flow_transformer import embed_flow_time
+from .mlp import TimeTables, draws_of
 from .packing import named_tensors
 
 KEYS, VALUES = "keys.{}", "values.{}"  # of a block, in the context
@@ -71,7 +71,7 @@ class CellTransformerWeights(FlowWeights):
         rope = "encoder_blocks.0.attn.rope.freqs_"
         self.rotations = p[rope + "cos"], p[rope + "sin"]
         of_time = {name: tensor for name, tensor in p.items() if name.startswith("time_embed.")}
-        self.embed_time: Callable[[Tensor], Tensor] = lambda t: embed_time(of_time, time_index(t))
+        self.embed_time = functools.partial(embed_flow_time, of_time)
         self.time_table = TimeTables(self.embed_time, self.output[0].device)
         super().__init__(ops, self.output[0].device)
 

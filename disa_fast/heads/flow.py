@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ Context = Mapping[str, Tensor]
 Velocity = Callable[[int, Tensor], Tensor]
 
 STATE = torch.float64
+JOINED_BYTES = 64 << 20
 TIMES = ("time_embed.", "encoder_blocks.0.attn.rope.", "res_blocks.0.attn.rope.")  # of what tables are kept
 
 
@@ -92,9 +93,11 @@ class FlowHead(Packing, ABC):
         kinds = [kind for kind, _ in self._packed]
         if not all(kind.endswith(f" in {self.dtype}") for kind in kinds):
             return super()._copied()
-        as_they_lie = all(kind.startswith(PLAIN.layout) for kind in kinds)
         named = named_tensors(self._net).items()
-        return [tensor for name, tensor in named if name.startswith(TIMES) or (GATED_MLP in name and not as_they_lie)]
+        copied = [tensor for name, tensor in named if name.startswith(TIMES)]
+        if not all(kind.startswith(PLAIN.layout) for kind in kinds):
+            copied += joined([tensor for name, tensor in named if GATED_MLP in name])
+        return copied
 
     @abstractmethod
     def network(self, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -142,6 +145,19 @@ class FlowHead(Packing, ABC):
             call = FlowCall(context, at, table, guided, cfg, temperature, noise, step_noise, dtype)
             with torch.autocast(like.device.type, enabled=False):
                 return backends.BACKENDS[backend].integrate(self, call)
+
+
+def joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The numbers of all, in as few tensors as JOINED_BYTES allow: a digest of many takes a GPU's host longer than the GPU."""
+    group: list[Tensor] = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        if group and (flat.dtype != group[0].dtype or sum(part.nbytes for part in group) + flat.nbytes > JOINED_BYTES):
+            yield torch.cat(group)
+            group = []
+        group.append(flat)
+    if group:
+        yield torch.cat(group)
 
 
 def check_table(table: StepTable) -> None:

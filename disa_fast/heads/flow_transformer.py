@@ -118,6 +118,10 @@ def time_index(t: Tensor) -> Tensor:
     return (t.float() * 1000).long()
 
 
+def embed_flow_time(p: Mapping[str, Tensor], t: Tensor) -> Tensor:
+    return embed_time(p, time_index(t))
+
+
 def forward_ref(p: Mapping[str, Tensor], x: Tensor, t: Tensor, z: Tensor, ops: Plain = PLAIN) -> Tensor:
     """The network, as the formula above reads. x: [rows, tokens, in_channels], t: [rows], z: [rows, tokens, z_channels]; all in
     one dtype but t. Returns the velocity, [rows, tokens, in_channels]."""
@@ -210,9 +214,8 @@ class FlowTransformerWeights(FlowWeights):
         self.modulation_width = sum(len(bias) for _, bias in self.of_condition)
         self.rotation = functools.cache(functools.partial(kept_rotation, p["res_blocks.0.attn.rope.freqs"]))
         # All by name, for the reference. A cast of what was laid out anew is not kept beside it.
-        kept = {name: tensor for name, tensor in p.items() if GATED_MLP not in name or ops.layout == PLAIN.layout}
-        self.parameters = kept
-        self.time_table = TimeTables(lambda t: embed_time(kept, time_index(t)), self.cond[0].device)
+        self.parameters = {name: tensor for name, tensor in p.items() if GATED_MLP not in name or ops.layout == PLAIN.layout}
+        self.time_table = TimeTables(functools.partial(embed_flow_time, self.parameters), self.cond[0].device)
         super().__init__(ops, self.cond[0].device)
 
 
