@@ -34,7 +34,7 @@ from disa_fast.backends import triton as backend
 from disa_fast.heads.mlp import MLPSpec
 from disa_fast.kernels.triton import tiles
 from disa_fast.kernels.triton.tiles import Tiles
-from disa_fast.transformer import BlockWeights, CrossWeights, Modulation, block, gated_width
+from disa_fast.transformer import BlockWeights, Cache, CrossWeights, Modulation, block, cross_keys_values, gated_width
 
 from . import nvcc
 
@@ -77,7 +77,8 @@ class BlockCase:
         return f"{self.architecture:8}{self.dtype:9}{self.dim:6} heads of {self.head_dim:2} "
 
     def launch(self) -> None:
-        """A block with cross-attention: modulated by token, by row, and with one token, whose hidden units may be an odd number."""
+        """A block with cross-attention, with a cache and without, modulated by token and by row, its MLP laid out; of one token,
+        its MLP as it lies, whose hidden units may be an odd number; and steps along a flow."""
         dtype, dim, hidden = getattr(torch, self.dtype), self.dim, gated_width(self.dim)
 
         def empty(*shape: int) -> torch.Tensor:
@@ -88,14 +89,21 @@ class BlockCase:
 
         ops = triton_ops.TritonOps(dtype)
         cross = CrossWeights(layer(dim, dim), layer(2 * dim, dim), layer(dim, dim), empty(dim), empty(dim))
-        layers = (3 * dim, dim), (dim, dim), (hidden, dim), (hidden, dim), (dim, hidden)
-        w = BlockWeights(*(layer(*sizes) for sizes in layers), cross, self.head_dim)
-        for rows, tokens, modulated in ((2, 16, 16), (2, 16, 1), (1, 1, 1)):
-            h = torch.empty(rows, tokens, dim, dtype=torch.float32)
+        mlp = layer(hidden, dim), layer(hidden, dim), layer(dim, hidden)
+        for rows, tokens, modulated, layers in ((2, 16, 16, ops.lay_out(*mlp)), (2, 16, 1, ops.lay_out(*mlp)), (1, 1, 1, mlp)):
+            w = BlockWeights(layer(3 * dim, dim), layer(dim, dim), layers, cross, self.head_dim)
+            stream = torch.empty(rows, tokens, dim, dtype=torch.float32), None, None
             rotation = torch.empty(2, tokens, self.head_dim, dtype=torch.float32).unbind()
-            keys_values = empty(2, rows, dim // self.head_dim, tokens, self.head_dim).unbind()
-            ops.norm(empty(rows, tokens, dim), cross.norm_kv)
-            block(ops, w, h, Modulation.split(empty(rows, modulated, 6 * dim)), rotation, cross=keys_values)
+            keys_values = cross_keys_values(ops, w, empty(rows, tokens, dim), rotation)
+            cache = Cache(*(empty(rows, dim // self.head_dim, 4 * tokens, self.head_dim) for _ in range(2)))
+            modulation = Modulation.split(empty(rows, modulated, 6 * dim))
+            stream = block(ops, w, stream, modulation, rotation, cache, tokens, cross=keys_values)
+            block(ops, w, stream, modulation, rotation, cross=keys_values)
+        for guided, noisy in itertools.product((True, False), repeat=2):
+            shape = backend.FlowShape(2, 1, 16, 0, (guided, False), (noisy, not noisy), "ieee")
+            sizes = {"steps": (2, 4), "scalars": (2,), "step_noise": (2, 1, 16, 16), "x": (1, 16, 16)}
+            buffers = {name: torch.empty(size, dtype=torch.float64) for name, size in sizes.items()}
+            backend.flow_steps(lambda i, x: torch.empty_like(x), shape, buffers, dtype)
 
 
 def shipped(widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ GRID = 16  # on a side; positions of other grids are stretched to it
 
 Layer = tuple[Tensor, Tensor | None]
 Rotation = tuple[Tensor, Tensor]
+Norm = tuple[Tensor, Tensor | None]  # of rms(h) * (1 + scale) + shift, (scale, shift); of rms(h) * weight, (weight, None)
+Stream = tuple[Tensor, Tensor | None, Tensor | None]  # (h, gate, x): h + gate * x, h + x, or h, the sum yet to be taken
+
+GATED_MLP = ".mlp.fc"  # in the names of its parameters, and of no others
 
 
 # Parameters ------------------------------------------------------------------------------------------------------------
@@ -122,18 +127,17 @@ class CrossWeights:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Weights and biases as checkpoints have them; biases that are not there are None."""
+    """Weights and biases as checkpoints have them; biases that are not there are None. mlp: fc1_g, fc1_x and fc2, or what
+    `Plain.lay_out` of the parts that read it made of them."""
 
     qkv: Layer
     proj: Layer
-    fc1_g: Layer
-    fc1_x: Layer
-    fc2: Layer
+    mlp: tuple[Layer, ...]
     cross: CrossWeights | None
     head_dim: int
 
     @classmethod
-    def of(cls, p: Mapping[str, Tensor], prefix: str) -> BlockWeights:
+    def of(cls, p: Mapping[str, Tensor], prefix: str, ops: Plain | None = None) -> BlockWeights:
         def layer(name: str) -> Layer:
             return p[f"{prefix}{name}.weight"], p.get(f"{prefix}{name}.bias")
 
@@ -141,8 +145,8 @@ class BlockWeights:
         if f"{prefix}crossattn.q.weight" in p:
             norms = (p[f"{prefix}norm2_1.weight"], p[f"{prefix}norm2_2.weight"])
             cross = CrossWeights(layer("crossattn.q"), layer("crossattn.kv"), layer("crossattn.proj"), *norms)
-        layers = (layer(name) for name in ("attn.qkv", "attn.proj", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"))
-        return cls(*layers, cross, 4 * len(p[f"{prefix}attn.rope.freqs"]))
+        mlp = (ops or PLAIN).lay_out(*(layer(f"mlp.{name}") for name in ("fc1_g", "fc1_x", "fc2")))
+        return cls(layer("attn.qkv"), layer("attn.proj"), mlp, cross, 4 * len(p[f"{prefix}attn.rope.freqs"]))
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,14 @@ class Modulation:
     def split(cls, projected: Tensor) -> Modulation:
         """Of [..., 6 * dim], the order of the published checkpoints."""
         return cls(*projected.chunk(6, dim=-1))
+
+    @property
+    def norm1(self) -> Norm:
+        return self.scale1, self.shift1
+
+    @property
+    def norm2(self) -> Norm:
+        return self.scale2, self.shift2
 
 
 # Rotary positions ------------------------------------------------------------------------------------------------------
@@ -215,9 +227,17 @@ class Plain:
     stream is then float32 or wider. None: everything is in the dtype of what it is given.
     """
 
+    layout: ClassVar[str] = "as they lie"  # of a flow head's weights, those that `lay_out` copies apart from the others'
+    captured: ClassVar[bool] = False  # whether a backend captures loops of these parts, so that weights come with graphs
+
     def __init__(self, dropout: tuple[float, float] = (0.0, 0.0), dtype: torch.dtype | None = None) -> None:
         self.attention_dropout, self.dropout = dropout
         self.dtype = dtype
+
+    @staticmethod
+    def lay_out(gate: Layer, up: Layer, down: Layer) -> tuple[Layer, ...]:
+        """What `gated_mlp` is given of these."""
+        return gate, up, down
 
     def linear(self, x: Tensor, layer: Layer) -> Tensor:
         return F.linear(x if self.dtype is None else x.to(self.dtype), *layer)
@@ -240,12 +260,24 @@ class Plain:
     def q(self, m: Tensor, layer: Layer, head_dim: int, rotation: Rotation) -> Tensor:
         return rotate(self.linear(m, layer).unflatten(-1, (-1, head_dim)).transpose(1, 2), rotation)
 
+    def cached_qkv(
+        self, m: Tensor, layer: Layer, head_dim: int, rotation: Rotation, cache: Cache, start: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As qkv, with keys and values put into the cache at `start`: all that it has up to their end."""
+        q, k, v = self.qkv(m, layer, head_dim, rotation)
+        return q, *cache.put(k, v, start)
+
+    def kv(self, m: Tensor, layer: Layer, head_dim: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        k, v = self.linear(m, layer).unflatten(-1, (2, -1, head_dim)).permute(2, 0, 3, 1, 4)
+        return rotate(k, rotation), v
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """[rows, tokens, dim]"""
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.attention_dropout)
         return out.transpose(1, 2).flatten(2)
 
-    def gated_mlp(self, m: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
+    def gated_mlp(self, m: Tensor, layers: tuple[Layer, ...]) -> Tensor:
+        gate, up, down = layers
         hidden = F.gelu(self.linear(m, gate)) * self.linear(m, up)
         return self.linear(F.dropout(hidden, self.dropout, self.dropout > 0), down)
 
@@ -253,6 +285,13 @@ class Plain:
         """h + gate * x, or h + x without a gate. h may be overwritten: what is returned counts."""
         x = F.dropout(x, self.dropout, self.dropout > 0)
         return h + x if gate is None else h + gate * x
+
+    def residual_norm(self, stream: Stream, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The stream's sum h, and its norm. What the stream holds may be overwritten."""
+        (h, gate, x), (scale, shift) = stream, norm
+        if x is not None:
+            h = self.gated_residual(h, gate, x)
+        return h, self.norm(h, scale) if shift is None else self.norm_modulate(h, scale, shift)
 
 
 PLAIN = Plain()
@@ -265,34 +304,35 @@ def plain(dtype: torch.dtype, own: torch.dtype) -> Plain:
 
 def cross_keys_values(ops: Plain, w: BlockWeights, condition: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     """What cross-attention reads of the condition, [rows, tokens, condition_dim]: independent of state and time (H7)."""
-    m = ops.norm(condition, w.cross.norm_kv)
-    k, v = ops.linear(m, w.cross.kv).unflatten(-1, (2, -1, w.head_dim)).permute(2, 0, 3, 1, 4)
-    return rotate(k, rotation), v
+    return ops.kv(ops.norm(condition, w.cross.norm_kv), w.cross.kv, w.head_dim, rotation)
 
 
 def block(
     ops: Plain,
     w: BlockWeights,
-    h: Tensor,
+    stream: Stream,
     modulation: Modulation,
     rotation: Rotation,
     cache: Cache | None = None,
     start: int = 0,
     mask: Tensor | None = None,
     cross: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """The formula at the top. h: [rows, tokens, dim], which may be overwritten; attention is among these tokens (under `mask`), or
-    also to those before `start` in the cache, where theirs are put; cross: what cross_keys_values made of the condition."""
-    m = ops.norm_modulate(h, modulation.scale1, modulation.shift1)
-    q, k, v = ops.qkv(m, w.qkv, w.head_dim, rotation)
-    if cache is not None:
-        k, v = cache.put(k, v, start)
-    h = ops.gated_residual(h, modulation.gate1, ops.linear(ops.attend(q, k, v, mask), w.proj))
+) -> Stream:
+    """The formula at the top, but for its last sum, which whoever reads the stream takes together with a norm. stream: of
+    [rows, tokens, dim], may be overwritten; attention is among these tokens (under `mask`), or also to those before `start` in the
+    cache, where theirs are put; cross: what cross_keys_values made of the condition."""
+    h, m = ops.residual_norm(stream, modulation.norm1)
+    if cache is None:
+        q, k, v = ops.qkv(m, w.qkv, w.head_dim, rotation)
+    else:
+        q, k, v = ops.cached_qkv(m, w.qkv, w.head_dim, rotation, cache, start)
+    stream = h, modulation.gate1, ops.linear(ops.attend(q, k, v, mask), w.proj)
     if cross is not None:
-        q = ops.q(ops.norm(h, w.cross.norm_q), w.cross.q, w.head_dim, rotation)
-        h = ops.gated_residual(h, None, ops.linear(ops.attend(q, *cross), w.cross.proj))
-    m = ops.norm_modulate(h, modulation.scale2, modulation.shift2)
-    return ops.gated_residual(h, modulation.gate2, ops.gated_mlp(m, w.fc1_g, w.fc1_x, w.fc2))
+        h, m = ops.residual_norm(stream, (w.cross.norm_q, None))
+        q = ops.q(m, w.cross.q, w.head_dim, rotation)
+        stream = h, None, ops.linear(ops.attend(q, *cross), w.cross.proj)
+    h, m = ops.residual_norm(stream, modulation.norm2)
+    return h, modulation.gate2, ops.gated_mlp(m, w.mlp)
 
 
 # The backbone that FlowAR and xAR share --------------------------------------------------------------------------------
@@ -315,7 +355,7 @@ class BackboneWeights:
     freqs: Tensor
 
     @classmethod
-    def of(cls, p: Mapping[str, Tensor]) -> BackboneWeights:
+    def of(cls, p: Mapping[str, Tensor], ops: Plain | None = None) -> BackboneWeights:
         def blocks(part: str) -> list[str]:
             count = sum(name.startswith(f"{part}_blocks.") and name.endswith(".attn.qkv.weight") for name in p)
             return [f"{part}_blocks.{i}." for i in range(count)]
@@ -325,11 +365,11 @@ class BackboneWeights:
             input=(p["z_proj.weight"], p["z_proj.bias"]),
             input_norm=p["z_proj_ln.weight"],
             encoder_position=p["encoder_pos_embed_learned"],
-            encoder=tuple(BlockWeights.of(p, prefix) for prefix in encoder),
+            encoder=tuple(BlockWeights.of(p, prefix, ops) for prefix in encoder),
             encoder_norm=p["encoder_norm.weight"],
             decoder_embed=(p["decoder_embed.weight"], p["decoder_embed.bias"]),
             decoder_position=p["decoder_pos_embed_learned"],
-            decoder=tuple(BlockWeights.of(p, prefix) for prefix in decoder),
+            decoder=tuple(BlockWeights.of(p, prefix, ops) for prefix in decoder),
             decoder_norm=p["decoder_norm.weight"],
             ada_lin=tuple((p[f"{prefix}ada_lin.1.weight"], p[f"{prefix}ada_lin.1.bias"]) for prefix in (*encoder, *decoder)),
             freqs=p["encoder_blocks.0.attn.rope.freqs"],
@@ -343,12 +383,12 @@ class BackboneWeights:
     def blocks(self) -> tuple[BlockWeights, ...]:
         return self.encoder + self.decoder
 
-    def caches(self, rows: int) -> list[Cache]:
-        """One for each block, for all positions."""
+    def caches(self, rows: int, dtype: torch.dtype | None = None) -> list[Cache]:
+        """One for each block, for all positions; in `dtype`, or the parameters' own."""
         length = self.encoder_position.shape[1]
         shapes = [(rows, self.dim // w.head_dim, length, w.head_dim) for w in self.blocks]
         weight, _ = self.input
-        return [Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for shape in shapes]
+        return [Cache(*(weight.new_zeros(shape, dtype=dtype) for _ in range(2))) for shape in shapes]
 
 
 def modulations(ops: Plain, w: BackboneWeights, condition: Tensor) -> list[Modulation]:
@@ -370,10 +410,11 @@ def transform(
     """Encoder and decoder over embedded tokens x, [rows, tokens, dim], at positions from `start`. Returns the same shape."""
     here = slice(start, start + x.shape[1])
     steps = list(zip(w.blocks, modulations, caches, strict=True))
-    h = ops.residual(ops.norm(x + w.encoder_position[:, here], w.input_norm))
+    stream = ops.residual(ops.norm(x + w.encoder_position[:, here], w.input_norm)), None, None
     for weights, modulation, cache in steps[: len(w.encoder)]:
-        h = block(ops, weights, h, modulation, rotation, cache, start, mask)
-    h = ops.residual(ops.linear(ops.norm(h, w.encoder_norm), w.decoder_embed) + w.decoder_position[:, here])
+        stream = block(ops, weights, stream, modulation, rotation, cache, start, mask)
+    _, m = ops.residual_norm(stream, (w.encoder_norm, None))
+    stream = ops.residual(ops.linear(m, w.decoder_embed) + w.decoder_position[:, here]), None, None
     for weights, modulation, cache in steps[len(w.encoder) :]:
-        h = block(ops, weights, h, modulation, rotation, cache, start, mask)
-    return ops.norm(h, w.decoder_norm)
+        stream = block(ops, weights, stream, modulation, rotation, cache, start, mask)
+    return ops.residual_norm(stream, (w.decoder_norm, None))[1]

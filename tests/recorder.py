@@ -6,6 +6,7 @@ import torch
 from disa_fast import MLPHead
 from disa_fast.backends import triton
 from disa_fast.graphs import Graphs, Replay
+from disa_fast.heads import flow
 
 OWN_BYTES = 1000  # of a recorded graph
 
@@ -34,11 +35,5 @@ def recorded_graphs(head: MLPHead, dtype: torch.dtype = torch.float32) -> Graphs
 def record_flow_graphs(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """What captures for every flow head that is packed from now on; attributes of it may be changed."""
     recorder = Recorder()
-
-    class RecordedGraphs(triton.FlowGraphs):
-        def __init__(self, p, spec):
-            super().__init__(p, spec)
-            self.graphs = Graphs(self.graphs.device, lambda loop: recorder(loop))
-
-    monkeypatch.setattr(triton, "FlowGraphs", RecordedGraphs)
+    monkeypatch.setattr(flow, "Graphs", lambda device: Graphs(device, lambda loop: recorder(loop)))
     return recorder

@@ -287,7 +287,7 @@ def test_products_alone_are_narrowed(name):
     model = native(name, upstream(name).state_dict())
     ours(model, dtype=torch.bfloat16)
     backbone = model.head.weights(torch.bfloat16).backbone if name == "xAR" else model._cast.weights(torch.bfloat16)
-    for layer in (backbone.input, backbone.decoder_embed, *backbone.ada_lin, backbone.blocks[0].qkv, backbone.blocks[0].fc2):
+    for layer in (backbone.input, backbone.decoder_embed, *backbone.ada_lin, backbone.blocks[0].qkv, backbone.blocks[0].mlp[2]):
         assert {t.dtype for t in layer} == {torch.bfloat16}
     assert backbone.encoder_norm.data_ptr() == model.encoder_norm.weight.data_ptr()
     assert backbone.encoder_position.data_ptr() == model.encoder_pos_embed_learned.data_ptr()

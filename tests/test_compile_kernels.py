@@ -39,13 +39,14 @@ def test_all_compile_and_none_spills(tmp_path):
                 first = ["adaln_linear_kernel"] if chosen.fused else ["adaln_kernel", "linear_kernel"]
                 assert {"input_projection_kernel", *first, "gated_residual_kernel", "sampler_step_kernel"} <= set(names)
             of_blocks = [k for k in compiled if (k["architecture"], k["dtype"], k.get("head_dim")) == (architecture, dtype, 80)]
-            # Modulated, of the stream and of the condition, which in float32 are one; of q, k, v and of q; with a gate and without;
-            # of a number of hidden units that 16 divides, and of another.
+            # The sum with a gate, modulated and by a weight, the sum without one, no sum, and that of the condition; q, k and v,
+            # q, k and v; a number of hidden units that 16 divides, and another; steps guided, not, and not beside such as are,
+            # noisy or not.
             assert Counter(k["kernel"] for k in of_blocks) == {
-                "rms_modulate_kernel": 2 if dtype == "float32" else 3,
-                "rotate_heads_kernel": 2,
-                "gated_add_kernel": 2,
+                "residual_norm_kernel": 5,
+                "rotate_heads_kernel": 3,
                 "gelu_gate_kernel": 2,
+                "flow_step_kernel": 6,
             }
 
 

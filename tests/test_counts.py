@@ -25,6 +25,7 @@ from upstream_like import SMALL
 from disa_fast import MLPHead, Philox, backends, models, onednn, solvers
 from disa_fast.backends import cpu, cuda, hoisted, triton, triton_ops
 from disa_fast.graphs import Graphs, row_bucket
+from disa_fast.heads import flow
 from disa_fast.heads.mlp import FREQUENCIES, MLPNet, MLPSpec
 from disa_fast.kernels.triton import tiles
 from disa_fast.schedule import as_schedule
@@ -372,8 +373,8 @@ def test_launches_and_captures_of_an_image_by_mar(launched, counting_gpu, backen
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", KINDS)
 def test_launches_and_captures_of_an_image_by_flowar_and_xar(launched, monkeypatch, kind):
-    """A graph for each scale or cell. Triton's launches, among products by the library: 6 a block, with cross-attention 9, and the
-    norms around the blocks. FlowAR's backbone passes once a scale, xAR's finished cells once more."""
+    """A graph for each scale or cell. Triton's launches, among products by the library: 4 a block, with cross-attention 6,
+    the norms around the blocks, and one a step. FlowAR's backbone passes once a scale, xAR's finished cells once more."""
     record_flow_graphs(monkeypatch)
     model = small_model(kind, depth=2)
     for image in range(2):
@@ -384,16 +385,64 @@ def test_launches_and_captures_of_an_image_by_flowar_and_xar(launched, monkeypat
     evaluations = sum(len(step.table) for step in model.plan("linear:6-4", "euler_maruyama" if kind == "cell" else "euler"))
 
     def launches(passes: int, blocks: int, cross: int = 0, norms: int = 3) -> Counter:
-        per_pass = {"rms_modulate": (2 + cross) * blocks + norms, "rotate_heads": (1 + cross) * blocks}
-        per_pass |= {"gelu_gate": blocks, "gated_add": (2 + cross) * blocks}
+        per_pass = {"residual_norm": (2 + cross) * blocks + norms, "rotate_heads": (1 + cross) * blocks, "gelu_gate": blocks}
         return Counter({name: passes * number for name, number in per_pass.items()})
 
+    steps = Counter({"flow_step": evaluations})
     if kind == "cell":
-        assert launched == launches(evaluations + K - 1, blocks=4)
+        assert launched == launches(evaluations + K - 1, blocks=4) + steps
         return
     cross = int(kind == "cross")
-    of_condition = Counter({"rms_modulate": cross * 2 * K})
-    assert launched == launches(K, blocks=4) + launches(evaluations, blocks=2, cross=cross, norms=1) + of_condition
+    of_condition = Counter(dict.fromkeys(("residual_norm", "rotate_heads"), cross * 2 * K))
+    assert launched == launches(K, blocks=4) + launches(evaluations, blocks=2, cross=cross, norms=1) + of_condition + steps
+
+
+NOT_LAUNCHED = {"empty", "new_empty", "_unsafe_view", "slice"}  # what allocates, and views
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", KINDS)
+def test_launches_of_a_flow_step(launched, monkeypatch, kind):
+    """Nine a block, with cross-attention fourteen; beside them what is listed here, of which the solver's is one. Not counted: the
+    library's attention over few tokens, which may split it, then launches another kernel that joins the parts."""
+
+    def counted_launches(depth: int, steps: int) -> Counter:
+        operators = Operators()
+
+        def capture(loop):
+            with operators:
+                loop()
+            return lambda: None, 0
+
+        launched.clear()
+        monkeypatch.setattr(flow, "Graphs", lambda device: Graphs(device, capture))
+        model = small_model(kind, torch.bfloat16, depth=depth)
+        run_flow(model, flow_call(model, steps=steps, guidance=(0.0, 1.0)))
+        counted = launched + operators.counter
+        counted["addmm"] += counted.pop("mm", 0)  # products without a bias
+        return Counter({name: number for name, number in counted.items() if name not in NOT_LAUNCHED})
+
+    few = counted_launches(1, 2)
+    blocks = 2 if kind == "cell" else 1  # an encoder's and a decoder's
+    of_block, of_step = counted_launches(2, 2) - few, counted_launches(1, 3) - few
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    block = Counter({"residual_norm": 2, "rotate_heads": 1, "gelu_gate": 1, attention: 1, "addmm": 4})
+    if kind == "cross":
+        block += Counter({"residual_norm": 1, "rotate_heads": 1, attention: 1, "addmm": 2})
+    # Input and output layer, the residual stream in float32, the last norm, the solver; between xAR's encoder and decoder a layer,
+    # a norm and the stream once more, and positions before each.
+    step = Counter({"addmm": 2, "_to_copy": 1, "residual_norm": 1, "flow_step": 1})
+    if kind == "cell":
+        step += Counter({"addmm": 1, "_to_copy": 1, "residual_norm": 2, "add": 2})
+    assert (block.total(), step.total()) == {"plain": (9, 5), "cross": (14, 5), "cell": (9, 11)}[kind]
+
+    # Before the steps, of each block: its modulation, and of cross-attention modulation by time, keys and values.
+    once = Counter({"addmm": blocks})
+    if kind == "cross":
+        once += Counter({"addmm": 2, "silu": 1, "residual_norm": 1, "rotate_heads": 1})
+    each = Counter({name: blocks * number for name, number in block.items()})
+    assert of_block == each + each + once
+    assert of_step == each + step
 
 
 # Allocations -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from compare import assert_as_good_as, assert_close
 from flow_calls import KINDS, call, context_of, counted, in_dtype, run, small_model, with_context
 from flow_peers import UpstreamFlowAR, UpstreamXAR
 from recorded import golden, golden_cases
+from test_flow_step import both_ways
 
 import disa_fast
 from disa_fast import graphs, models, solvers
@@ -62,6 +63,14 @@ def without_graphs(model, settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISA_FAST_GRAPHS", "0")
         return run(model, in_dtype(settings, model.head.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_solver_is_bitwise_the_loop_in_pytorch(dtype):
+    """As in the interpreter: no two operations in float64 are fused."""
+    (state, seen), (last, expected) = both_ways(dtype, (True, False, True), (True, True, False), 3, 9, 16, GPU)
+    assert torch.equal(state, last)
+    assert all(torch.equal(one, two) for one, two in zip(seen, expected, strict=True))
 
 
 # As published ----------------------------------------------------------------------------------------------------------
@@ -368,16 +377,16 @@ def test_graphs_go_on_after_one_that_found_no_memory(model, monkeypatch):
     """Which gives up all that there were."""
     calls = [call(model, steps=steps) for steps in (2, 3, 4)]
     expected = [without_graphs(model, settings) for settings in calls]
-    integrate, failing = triton.flow.integrate, iter([True])
+    flow_steps, failing = triton.flow_steps, iter([True])
 
     def without_memory(*arguments):
         if next(failing, False):
             raise torch.OutOfMemoryError("no memory left")
-        return integrate(*arguments)
+        return flow_steps(*arguments)
 
     assert torch.equal(run(model, calls[0]), expected[0])
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="since capturing failed: no memory left"):
-        patch.setattr(triton.flow, "integrate", without_memory)
+        patch.setattr(triton, "flow_steps", without_memory)
         assert torch.equal(run(model, calls[1]), expected[1])
     assert counted(model, "captures", "failures", "graphs") == (1, 1, 0)
     for settings, out in (*zip(calls, expected, strict=True), (calls[2], expected[2])):

@@ -7,12 +7,16 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compare import assert_as_good_as, assert_close
 from flow_calls import KINDS, call, context_of, counted, in_dtype, run, small_model, with_context
 from recorder import OWN_BYTES, Recorder, record_flow_graphs
 
 from disa_fast import explain, graphs, models, solvers
 from disa_fast.backends import hoisted, triton
+from disa_fast.backends.triton_ops import HIDDEN_MULTIPLE, TritonOps
+from disa_fast.heads import flow, packing
+from disa_fast.transformer import gated_width
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("one_thread")]
 
@@ -22,10 +26,18 @@ def recorder(monkeypatch):
     return record_flow_graphs(monkeypatch)
 
 
+class Quick(hoisted.HoistedOps):
+    layout, captured, lay_out = TritonOps.layout, True, staticmethod(TritonOps.lay_out)
+
+    def gated_mlp(self, m, layers):
+        gate, up = self.linear(m, layers[0]).chunk(2, dim=-1)
+        return self.linear(F.gelu(gate) * up, layers[1])
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Where kernels do not matter: plain PyTorch between the products."""
-    monkeypatch.setattr(triton, "TritonOps", hoisted.HoistedOps)
+    monkeypatch.setattr(triton, "TritonOps", Quick)
 
 
 @pytest.fixture(params=KINDS)
@@ -225,6 +237,122 @@ def test_changed_parameters_are_captured_anew(model, quick, change):
     assert not torch.equal(after, before)
     assert torch.equal(after, without_graphs(model, settings))
     assert counted(model, "captures", "hits") == (1, 0)
+
+
+MLP = [f"mlp.{layer}.{part}" for layer in ("fc1_g", "fc1_x", "fc2") for part in ("weight", "bias")]
+
+
+def write(model, name: str, through_data: bool) -> None:
+    """Into the parameter of that name in every block."""
+    for own, p in model.head._net.named_parameters():
+        if own.endswith(name):
+            with torch.no_grad():
+                (p.data if through_data else p).add_(0.3 * torch.randn_like(p))
+    if through_data:
+        model.head.follow()  # as at the start of an image
+
+
+def check_followed(kind: str, names: list[str], through_data: bool) -> None:
+    model = small_model(kind)
+    settings = call(model, steps=1)
+    before = run(model, settings)
+    for name in names:
+        write(model, name, through_data)
+        after = run(model, settings)
+        assert not torch.equal(after, before), f"{name} was written, and the graph goes on with what it was"
+        assert torch.equal(after, without_graphs(model, settings)), name
+        before = after
+
+
+@pytest.mark.parametrize("through_data", [False, True], ids=["in place", "through data"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_follow_their_parameters(kind, through_data, quick):
+    """Those of the gated MLPs are copied."""
+    check_followed(kind, MLP, through_data)
+
+
+def first_of_packed():
+    """Packing.packed that never looks whether anything has changed."""
+    packed, kept = packing.Packing.packed, {}
+
+    def first(self, kind, dtype, build):
+        key = self, kind, dtype
+        if key not in kept:
+            kept[key] = packed(self, kind, dtype, build)
+        return kept[key]
+
+    return first
+
+
+@pytest.mark.parametrize(("through_data", "module", "name", "blind"), [
+    (True, flow, "GATED_MLP", "no such name"),
+    (False, flow.FlowHead, "packed", first_of_packed()),
+])  # fmt: skip
+def test_packed_weights_that_follow_nothing_are_caught(through_data, module, name, blind, monkeypatch, quick):
+    monkeypatch.setattr(module, name, blind)
+    with pytest.raises(AssertionError, match="the graph goes on"):
+        check_followed("plain", MLP[:1], through_data)
+
+
+def test_contents_are_compared_in_few_tensors(monkeypatch):
+    """In order, each of one dtype and of no more bytes than are allowed, unless it is one."""
+    monkeypatch.setattr(flow, "JOINED_BYTES", 100)
+    sizes = [
+        (10, torch.float32),
+        (15, torch.float32),
+        (1, torch.float32),
+        (30, torch.float32),
+        (2, torch.bfloat16),
+        (4, torch.bfloat16),
+    ]
+    tensors = [torch.randn(size).to(dtype) for size, dtype in sizes]
+    joined = list(flow.joined(tensors))
+    assert [(len(each), each.dtype) for each in joined] == [
+        (25, torch.float32), (1, torch.float32), (30, torch.float32), (6, torch.bfloat16),
+    ]  # fmt: skip
+    assert torch.equal(torch.cat(joined), torch.cat(tensors))
+    assert list(flow.joined([])) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_the_only_copy(kind, dtype):
+    """In the parameters' own dtype nothing else is copied, and a cast of what is packed is not kept beside it."""
+    model = small_model(kind)
+    w = model.head.weights(dtype, TritonOps(dtype))
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    blocks = w.backbone.blocks if kind == "cell" else w.blocks
+    (first, bias), (down, _) = blocks[0].mlp
+    hidden, dim = gated_width(len(down)), len(down)
+    padded = hidden + -hidden % HIDDEN_MULTIPLE
+    assert padded > hidden and first.shape == (2 * padded, dim) and down.shape == (dim, padded)
+    held = {}
+    for tensor in tensors_of(vars(w)):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    copied = sum(size for address, size in held.items() if address not in own)
+    packed = len(blocks) * (first.nbytes + bias.nbytes + down.nbytes)
+    if dtype == torch.float32:
+        assert copied == packed
+    else:
+        named = model.head._net.named_parameters()
+        cast = sum(
+            dtype.itemsize * p.numel()
+            for name, p in named
+            if (name.endswith(".bias") or (name.endswith(".weight") and p.ndim == 2))
+            and not (".mlp.fc" in name and not name.endswith("fc2.bias"))
+            and name != "class_emb.weight"
+        )
+        assert copied <= packed + cast
+
+
+def tensors_of(thing):
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, dict | list | tuple):
+        for part in thing.values() if isinstance(thing, dict) else thing:
+            yield from tensors_of(part)
+    elif dataclasses.is_dataclass(thing):
+        yield from tensors_of(vars(thing))
 
 
 def test_copies_have_graphs_of_their_own(model, quick):

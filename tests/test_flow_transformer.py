@@ -477,7 +477,7 @@ def test_does_not_grow_with_calls(cross_head, z):
         cross_head.denoise(z, TABLE, backend=backend)
     packed = len(cross_head._packed)
     for steps in range(2, 300):
-        cross_head.times(torch.float32, solvers.flow_euler_maruyama(steps))
+        cross_head.weights(torch.float32).time_table(solvers.flow_euler_maruyama(steps))
     cross_head.denoise(z, TABLE)
     assert cross_head.weights(torch.float32).time_table.cache_info().currsize == 256
     assert len(cross_head._packed) == packed

@@ -132,7 +132,8 @@ class HoistedOps(Plain):
         pairs = torch.view_as_complex(x.to(state).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None, None]).flatten(-2).to(x.dtype)
 
-    def gated_mlp(self, m: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
+    def gated_mlp(self, m: Tensor, layers: tuple[Layer, ...]) -> Tensor:
+        gate, up, down = layers
         return self.linear(onednn.gated_linear(m, gate, up), down)
 
     def gated_residual(self, h: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
@@ -149,6 +150,7 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
 
 def integrate_by(ops: Plain, budget: int, head: FlowHead, call: FlowCall) -> Tensor:
     """The hoisted loop with the parts of blocks computed by `ops`. budget: bytes of modulation at a time."""
-    velocity = head.hoisted(ops, head.times(call.dtype, call.table), call.guided, call.needed(), call.at, budget)
+    w = head.weights(call.dtype, ops)
+    velocity = head.hoisted(ops, w, w.time_table(call.table), call.guided, call.needed(), call.at, budget)
     steps = flow.coefficients(call.table, call.noise.device)
     return flow.integrate(velocity, steps, call.guided, call.noisy(), call.cfg, call.temperature, call.noise, call.step_noise)

@@ -22,7 +22,6 @@ from ..heads.packing import read_here, settle
 from ..kernels.triton import tiles
 from ..kernels.triton.tiles import Tile, Tiles
 from ..solvers import StepTable
-from .hoisted import integrate_by
 from .triton_ops import TritonOps
 
 try:
@@ -30,6 +29,7 @@ try:
 
     from ..kernels.triton.adaln import adaln_kernel
     from ..kernels.triton.adaln_linear import adaln_linear_kernel
+    from ..kernels.triton.flow_step import flow_step_kernel
     from ..kernels.triton.gated_residual import gated_residual_kernel
     from ..kernels.triton.input_projection import input_projection_kernel
     from ..kernels.triton.linear import linear_kernel
@@ -39,12 +39,13 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from ..graphs import Buffers, Layout
-    from ..heads.flow import FlowCall, FlowHead
+    from ..heads.flow import FlowCall, FlowHead, Velocity
     from ..heads.mlp import MLPHead, MLPSpec
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 MODULATION_BYTES = 256 << 20
 ELEMENTWISE = {"BLOCK_M": 4, "BLOCK_K": 256}  # of adaln_kernel
+FLOW_BLOCK = 256  # of flow_step_kernel: numbers in float64, two a thread
 
 
 def is_installed() -> bool:
@@ -371,23 +372,17 @@ class FlowShape:
         return f"T={self.steps} images={self.trajectories} tokens={self.tokens} at={self.at} guided={sum(self.guided)}"
 
 
-class FlowGraphs:
-    """The graphs over a flow head's parameters in one dtype."""
-
-    def __init__(self, p: Mapping[str, Tensor], spec: object) -> None:
-        self.graphs = graphs.Graphs(next(iter(p.values())).device)
-
-
 def transformer_ops(dtype: torch.dtype, own: torch.dtype) -> TritonOps:
     return TritonOps(dtype)
 
 
 def integrate(head: FlowHead, call: FlowCall) -> Tensor:
     """Matrix products and attention are the library's, what lies between them is in kernels/triton."""
-    device, context = call.noise.device, call.needed()
+    device, context, ops = call.noise.device, call.needed(), TritonOps(call.dtype)
     (n, tokens, _), rows = call.noise.shape, len(next(iter(context.values())))
     shape = FlowShape(len(call.table), n, tokens, call.at, call.guided, call.noisy(), torch.get_float32_matmul_precision())
-    times, steps = head.times(call.dtype, call.table), flow.coefficients(call.table, device)
+    w, steps = head.weights(call.dtype, ops), flow.coefficients(call.table, device)
+    times = w.time_table(call.table)
 
     def layout() -> Layout:
         """The inputs, x becoming the result; working space comes from the graphs' memory pool."""
@@ -405,17 +400,35 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
             buffers[name].copy_(tensor)
         if call.step_noise is not None:
             buffers["step_noise"].copy_(call.step_noise)
-        buffers["scalars"][0].fill_(call.cfg)
-        buffers["scalars"][1].fill_(call.temperature)
+        fill_scalars(buffers["scalars"])
+
+    def fill_scalars(scalars: Tensor) -> None:
+        scalars[0].fill_(call.cfg)
+        scalars[1].fill_(call.temperature)
 
     def loop(b: Buffers) -> None:
         seen = {name: b[name] for name in context}
-        velocity = head.hoisted(TritonOps(call.dtype), b["times"], shape.guided, seen, shape.at, MODULATION_BYTES)
-        x = flow.integrate(velocity, b["steps"], shape.guided, shape.noisy, *b["scalars"], b["x"], b["step_noise"])
-        b["x"].copy_(x)
+        velocity = head.hoisted(ops, w, b["times"], shape.guided, seen, shape.at, MODULATION_BYTES)
+        flow_steps(velocity, shape, b, call.dtype)
 
     with graphs.on_device(device):
-        # In the parameters' own dtype, since they are not read: a cast would be a copy.
-        captured = head.packed(f"triton flow in {call.dtype}", head.dtype, FlowGraphs).graphs
-        out = captured.run(shape, rows * tokens, layout, fill, loop, lambda buffers: buffers["x"].clone())
-        return integrate_by(TritonOps(call.dtype), MODULATION_BYTES, head, call) if out is None else out
+        out = w.graphs.run(shape, rows * tokens, layout, fill, loop, lambda buffers: buffers["x"].clone())
+        if out is None:
+            out, scalars = call.noise.clone(memory_format=torch.contiguous_format), steps.new_empty(2)
+            fill_scalars(scalars)
+            step_noise = None if call.step_noise is None else call.step_noise.contiguous()
+            loop({**context, "times": times, "steps": steps, "scalars": scalars, "step_noise": step_noise, "x": out})
+        return out
+
+
+def flow_steps(velocity: Velocity, shape: FlowShape, b: Buffers, dtype: torch.dtype) -> None:
+    """heads/flow.py's `integrate`, one launch a step beside the network's, which sees x in `dtype`. Leaves the last state in x."""
+    x, before = b["x"], torch.zeros_like(b["x"])
+    both = any(shape.guided)
+    seen = x.new_empty((1 + both, *x.shape), dtype=dtype).copy_(x).flatten(0, 1)
+    for i, (guided, noisy) in enumerate(zip(shape.guided, shape.noisy, strict=True)):
+        v = velocity(i, seen if guided else seen[: len(x)])
+        flow_step_kernel[(triton.cdiv(x.numel(), FLOW_BLOCK),)](
+            v, x, before, b["step_noise"][i] if noisy else x, b["steps"][i], b["scalars"], seen, x.numel(),
+            GUIDED=guided, NOISY=noisy, BOTH=both, BLOCK=FLOW_BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip

@@ -36,9 +36,10 @@ from ..transformer import (
     transform,
 )
 from ..untraced import untraced
-from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
-from .flow_transformer import time_index
-from .mlp import TimeTables, draws_of, embed_time
+from .flow import Context, FlowHead, FlowWeights, Velocity, check_table, chunk_from, draw_flow_noise
+from .flow_transformer import embed_flow_time
+from .mlp import TimeTables, draws_of
+from .packing import named_tensors
 
 KEYS, VALUES = "keys.{}", "values.{}"  # of a block, in the context
 CLASSES = "class_emb.weight"  # looked up, not multiplied
@@ -62,17 +63,17 @@ class CellTransformerSpec:
         return self.width
 
 
-class CellTransformerWeights:
-    """The parameters by role, for products in `dtype`; nothing is copied but a cast."""
-
-    def __init__(self, p: Mapping[str, Tensor], spec: CellTransformerSpec, dtype: torch.dtype) -> None:
+class CellTransformerWeights(FlowWeights):
+    def __init__(self, p: Mapping[str, Tensor], spec: CellTransformerSpec, dtype: torch.dtype, ops: Plain) -> None:
         p = in_dtype({name: tensor for name, tensor in p.items() if name != CLASSES}, dtype)
-        self.backbone = BackboneWeights.of(p)
+        self.backbone = BackboneWeights.of(p, ops)
         self.output: Layer = p["pred.weight"], p["pred.bias"]
         rope = "encoder_blocks.0.attn.rope.freqs_"
         self.rotations = p[rope + "cos"], p[rope + "sin"]
-        self.embed_time: Callable[[Tensor], Tensor] = lambda t: embed_time(p, time_index(t))
+        of_time = {name: tensor for name, tensor in p.items() if name.startswith("time_embed.")}
+        self.embed_time = functools.partial(embed_flow_time, of_time)
         self.time_table = TimeTables(self.embed_time, self.output[0].device)
+        super().__init__(ops, self.output[0].device)
 
     def rotation(self, at: int, tokens: int) -> Rotation:
         return tuple(table[at : at + tokens] for table in self.rotations)
@@ -105,6 +106,7 @@ class CellTransformerHead(FlowHead):
 
     spec: CellTransformerSpec
     any_parameter = "z_proj.weight"
+    weights_type = CellTransformerWeights
 
     @classmethod
     def from_module(cls, net: nn.Module, cells: int) -> CellTransformerHead:
@@ -126,7 +128,8 @@ class CellTransformerHead(FlowHead):
         dtype: of the products of `finish` and `denoise` with this context, and of its keys and values; the parameters' own if
         None. The condition is in the parameters' dtype.
         """
-        caches = self.weights(self.dtype if dtype is None else dtype).backbone.caches(len(labels))
+        dtype = self.dtype if dtype is None else dtype
+        caches = BackboneWeights.of(named_tensors(self._net)).caches(len(labels), dtype)
         context = {"condition": F.embedding(labels, self._net.get_parameter(CLASSES).detach())}
         for i, cache in enumerate(caches):
             context |= {KEYS.format(i): cache.k, VALUES.format(i): cache.v}
@@ -139,7 +142,7 @@ class CellTransformerHead(FlowHead):
         rows, dtype = tokens.shape[0] * tokens.shape[1], dtype_of(context)
         chosen = backends.choose(backend, self.spec, dtype, self.device, rows)
         ops = backends.BACKENDS[chosen].transformer_ops(dtype, self.dtype)
-        w = self.weights(dtype)
+        w = self.weights(dtype, ops)
         y = (context["condition"] + w.embed_time(torch.zeros(1, device=tokens.device)))[:, None]
         x = ops.linear(tokens.to(dtype), w.backbone.input)
         rotation = w.rotation(at, tokens.shape[1])
@@ -176,16 +179,11 @@ class CellTransformerHead(FlowHead):
     def network(self, dtype: torch.dtype) -> Callable[..., Tensor]:
         return functools.partial(forward_ref, self.weights(dtype), plain(dtype, self.dtype))
 
-    def weights(self, dtype: torch.dtype) -> CellTransformerWeights:
-        return self.packed(f"cell in {dtype}", self.dtype, functools.partial(CellTransformerWeights, dtype=dtype))
-
-    def times(self, dtype: torch.dtype, table: StepTable) -> Tensor:
-        return self.weights(dtype).time_table(table)
-
-    def hoisted(self, ops: Plain, times: Tensor, guided: tuple[bool, ...], context: Context, at: int, budget: int) -> Velocity:
+    def hoisted(
+        self, ops: Plain, w: CellTransformerWeights, times: Tensor, guided: tuple[bool, ...], context: Context, at: int, budget: int
+    ) -> Velocity:
         """H1, and all modulation, which depends on class and time alone, for as many steps at a time as there is room (H3)."""
         condition, caches, dtype = context["condition"], caches_of(context), dtype_of(context)
-        w = self.weights(dtype)
         backbone, rotation = w.backbone, w.rotation(at, self.tokens_of_a_cell)
         width = sum(len(bias) for _, bias in backbone.ada_lin)
         steps, ready = range(0), []

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,15 +18,17 @@ from torch import Tensor
 
 from .. import backends, profiling
 from ..checks import describe, is_dense, scalar
+from ..graphs import Graphs
 from ..solvers import StepTable
-from ..transformer import Plain
-from .mlp import Draw
+from ..transformer import GATED_MLP, PLAIN, Plain
+from .mlp import Draw, TimeTables
 from .packing import Packing, named_tensors, settle
 
 Context = Mapping[str, Tensor]
 Velocity = Callable[[int, Tensor], Tensor]
 
 STATE = torch.float64
+JOINED_BYTES = 64 << 20
 TIMES = ("time_embed.", "encoder_blocks.0.attn.rope.", "res_blocks.0.attn.rope.")  # of what tables are kept
 
 
@@ -59,27 +62,54 @@ class FlowCall:
         return tuple(self.table.noisy.tolist())
 
 
+class FlowWeights:
+    """A flow head's parameters by role, for products in one dtype; nothing is copied but a cast and what `ops` lays out anew.
+
+    time_table: what the network makes of the time of each step, [T, width] of a StepTable (H1). graphs: those captured over
+    these weights, where loops of `ops` are.
+    """
+
+    time_table: TimeTables
+
+    def __init__(self, ops: Plain, device: torch.device) -> None:
+        if ops.captured:
+            self.graphs = Graphs(device)
+
+
 class FlowHead(Packing, ABC):
     """A flow network ready to draw tokens; see Packing for how it follows its parameters."""
 
+    weights_type: ClassVar[Callable[..., FlowWeights]]  # of (parameters, spec, dtype, ops)
+
+    def weights(self, dtype: torch.dtype, ops: Plain = PLAIN) -> FlowWeights:
+        """In `dtype`, laid out for `ops`."""
+        # From the parameters' own dtype: what is elementwise keeps it.
+        build = functools.partial(self.weights_type, dtype=dtype, ops=ops)
+        return self.packed(f"{ops.layout} in {dtype}", self.dtype, build)
+
     def _copied(self) -> Iterable[Tensor]:
-        """Weights are used as they lie in the parameters' own dtype, so that only the tables of times are made of them."""
-        if all(kind.endswith(f" in {self.dtype}") for kind, _ in self._packed):
-            return [tensor for name, tensor in named_tensors(self._net).items() if name.startswith(TIMES)]
-        return super()._copied()
+        """In the parameters' own dtype most weights are used as they lie. The tables of times are made of others, and so is what
+        some backends lay out anew."""
+        kinds = [kind for kind, _ in self._packed]
+        if not all(kind.endswith(f" in {self.dtype}") for kind in kinds):
+            return super()._copied()
+        named = named_tensors(self._net).items()
+        copied = [tensor for name, tensor in named if name.startswith(TIMES)]
+        if not all(kind.startswith(PLAIN.layout) for kind in kinds):
+            copied += joined([tensor for name, tensor in named if GATED_MLP in name])
+        return copied
 
     @abstractmethod
     def network(self, dtype: torch.dtype) -> Callable[..., Tensor]:
         """The reference forward, (x, t, at, **context) -> velocity, over the parameters in `dtype`; t [rows]."""
 
     @abstractmethod
-    def times(self, dtype: torch.dtype, table: StepTable) -> Tensor:
-        """What the network makes of the time of each step, [T, width] (H1)."""
-
-    @abstractmethod
-    def hoisted(self, ops: Plain, times: Tensor, guided: tuple[bool, ...], context: Context, at: int, budget: int) -> Velocity:
+    def hoisted(
+        self, ops: Plain, w: FlowWeights, times: Tensor, guided: tuple[bool, ...], context: Context, at: int, budget: int
+    ) -> Velocity:
         """(step, x) -> velocity, with all that does not depend on x done before the steps, as many at a time as their modulation
-        takes no more than `budget` bytes. x: [rows of the context, ...] at guided steps, else [n, ...] (H8)."""
+        takes no more than `budget` bytes. w: laid out for `ops`; times: of its time_table. x: [rows of the context, ...] at
+        guided steps, else [n, ...] (H8)."""
 
     def _denoise(
         self,
@@ -115,6 +145,19 @@ class FlowHead(Packing, ABC):
             call = FlowCall(context, at, table, guided, cfg, temperature, noise, step_noise, dtype)
             with torch.autocast(like.device.type, enabled=False):
                 return backends.BACKENDS[backend].integrate(self, call)
+
+
+def joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The numbers of all, in as few tensors as JOINED_BYTES allow: a digest of many takes a GPU's host longer than the GPU."""
+    group: list[Tensor] = []
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        if group and (flat.dtype != group[0].dtype or sum(part.nbytes for part in group) + flat.nbytes > JOINED_BYTES):
+            yield torch.cat(group)
+            group = []
+        group.append(flat)
+    if group:
+        yield torch.cat(group)
 
 
 def check_table(table: StepTable) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..checks import check_dtype, check_shapes, describe, is_dense, scalar
 from ..solvers import StepTable
 from ..transformer import (
+    GATED_MLP,
     PLAIN,
     Attention,
     BlockWeights,
@@ -45,7 +46,7 @@ from ..transformer import (
     plain,
 )
 from ..untraced import untraced
-from .flow import Context, FlowHead, Velocity, check_table, chunk_from, draw_flow_noise
+from .flow import Context, FlowHead, FlowWeights, Velocity, check_table, chunk_from, draw_flow_noise
 from .mlp import FREQUENCIES, TimeTables, draws_of, embed_time
 from .packing import holding, parameters_of, settle, state_of
 
@@ -117,20 +118,24 @@ def time_index(t: Tensor) -> Tensor:
     return (t.float() * 1000).long()
 
 
+def embed_flow_time(p: Mapping[str, Tensor], t: Tensor) -> Tensor:
+    return embed_time(p, time_index(t))
+
+
 def forward_ref(p: Mapping[str, Tensor], x: Tensor, t: Tensor, z: Tensor, ops: Plain = PLAIN) -> Tensor:
     """The network, as the formula above reads. x: [rows, tokens, in_channels], t: [rows], z: [rows, tokens, z_channels]; all in
     one dtype but t. Returns the velocity, [rows, tokens, in_channels]."""
     e = embed_time(p, time_index(t))[:, None]
     c = ops.linear(z, (p["cond_embed.weight"], p["cond_embed.bias"]))
-    h = ops.residual(ops.linear(x, (p["input_proj.weight"], p["input_proj.bias"])))
+    stream = ops.residual(ops.linear(x, (p["input_proj.weight"], p["input_proj.bias"]))), None, None
     depth = sum(name.endswith("attn.qkv.weight") for name in p)
     rotation = grid_rotation(p["res_blocks.0.attn.rope.freqs"], side_of(x.shape[1]))
     for prefix in (f"res_blocks.{i}." for i in range(depth)):
         w = BlockWeights.of(p, prefix)
         cross = None if w.cross is None else cross_keys_values(ops, w, z, rotation)
-        h = block(ops, w, h, modulation_of(p, prefix, e, c), rotation, cross=cross)
+        stream = block(ops, w, stream, modulation_of(p, prefix, e, c), rotation, cross=cross)
     shift, scale = adaln(p, "final_layer.adaLN_modulation.1", c + e).chunk(2, dim=-1)
-    m = ops.norm_modulate(h, scale, shift)
+    _, m = ops.residual_norm(stream, (scale, shift))
     return ops.linear(m, (p["final_layer.linear.weight"], p["final_layer.linear.bias"]))
 
 
@@ -192,25 +197,26 @@ class FlowTransformerNet(nn.Module):
         return forward_ref(dict(self.named_parameters()) | dict(self.named_buffers()), x, t, condition)
 
 
-class FlowTransformerWeights:
-    """A head's parameters by role, for products in `dtype`; nothing is copied but a cast."""
-
-    def __init__(self, p: Mapping[str, Tensor], spec: FlowTransformerSpec, dtype: torch.dtype) -> None:
+class FlowTransformerWeights(FlowWeights):
+    def __init__(self, p: Mapping[str, Tensor], spec: FlowTransformerSpec, dtype: torch.dtype, ops: Plain) -> None:
         p = in_dtype(p, dtype)
 
         def layer(name: str) -> Layer:
             return p[name + ".weight"], p[name + ".bias"]
 
         prefixes = [f"res_blocks.{i}." for i in range(spec.depth)]
-        self.parameters, self.spec = p, spec
+        self.spec = spec
         self.cond, self.input, self.output = (layer(name) for name in ("cond_embed", "input_proj", "final_layer.linear"))
-        self.blocks = [BlockWeights.of(p, prefix) for prefix in prefixes]
+        self.blocks = [BlockWeights.of(p, prefix, ops) for prefix in prefixes]
         self.of_time = [layer(prefix + "ada_lin_attn") for prefix in prefixes] if spec.cross else []
         self.of_condition = [layer(prefix + ("ada_lin_mlp" if spec.cross else "ada_lin")) for prefix in prefixes]
         self.of_condition.append(layer("final_layer.adaLN_modulation.1"))
         self.modulation_width = sum(len(bias) for _, bias in self.of_condition)
         self.rotation = functools.cache(functools.partial(kept_rotation, p["res_blocks.0.attn.rope.freqs"]))
-        self.time_table = TimeTables(lambda t: embed_time(p, time_index(t)), self.cond[0].device)
+        # All by name, for the reference. A cast of what was laid out anew is not kept beside it.
+        self.parameters = {name: tensor for name, tensor in p.items() if GATED_MLP not in name or ops.layout == PLAIN.layout}
+        self.time_table = TimeTables(functools.partial(embed_flow_time, self.parameters), self.cond[0].device)
+        super().__init__(ops, self.cond[0].device)
 
 
 def kept_rotation(freqs: Tensor, side: int) -> Rotation:
@@ -225,6 +231,7 @@ class FlowTransformerHead(FlowHead):
     threads."""
 
     spec: FlowTransformerSpec
+    weights_type = FlowTransformerWeights
 
     @classmethod
     def from_module(cls, net: nn.Module) -> FlowTransformerHead:
@@ -304,17 +311,12 @@ class FlowTransformerHead(FlowHead):
         p, ops = self.weights(dtype).parameters, plain(dtype, self.dtype)
         return lambda x, t, at, z: forward_ref(p, x, t, z, ops)
 
-    def weights(self, dtype: torch.dtype) -> FlowTransformerWeights:
-        return self.packed(f"flow in {dtype}", self.dtype, functools.partial(FlowTransformerWeights, dtype=dtype))
-
-    def times(self, dtype: torch.dtype, table: StepTable) -> Tensor:
-        return self.weights(dtype).time_table(table)
-
-    def hoisted(self, ops: Plain, times: Tensor, guided: tuple[bool, ...], context: Context, at: int, budget: int) -> Velocity:
+    def hoisted(
+        self, ops: Plain, w: FlowTransformerWeights, times: Tensor, guided: tuple[bool, ...], context: Context, at: int, budget: int
+    ) -> Velocity:
         """H1, cond_embed once (H2), cross-attention's keys and values and the modulation by time alone once (H7), the other
         modulation for several steps at a time where there is room (H3)."""
         z = context["z"]
-        w = self.weights(z.dtype)
         rotation = w.rotation(side_of(z.shape[1]))
         condition = ops.linear(z, w.cond)
         cross = [cross_keys_values(ops, b, z, rotation) if w.spec.cross else None for b in w.blocks]
@@ -329,10 +331,10 @@ class FlowTransformerHead(FlowHead):
                 y = F.silu(times[steps.start : steps.stop, None, None] + condition[: len(x)])
                 ready = [ops.linear(y, layer) for layer in w.of_condition] if len(steps) > 1 else []
 
-            def by_condition(block: int) -> Tensor:  # of one step alone when it is needed, so that one block's is held at a time
+            def by_condition(block: int) -> Tensor:  # of one step alone when it is needed, so that two blocks' at most are held
                 return ready[block][i - steps.start] if ready else ops.linear(y[0], w.of_condition[block])
 
-            h = ops.residual(ops.linear(x.to(z.dtype), w.input))
+            stream = ops.residual(ops.linear(x.to(z.dtype), w.input)), None, None
             for k, b in enumerate(w.blocks):
                 if w.spec.cross:
                     gate1, scale1, shift1 = by_time[k][i].chunk(3)
@@ -341,8 +343,8 @@ class FlowTransformerHead(FlowHead):
                 else:
                     modulation = Modulation.split(by_condition(k))
                 keys_values = tuple(part[: len(x)] for part in cross[k]) if w.spec.cross else None
-                h = block(ops, b, h, modulation, rotation, cross=keys_values)
+                stream = block(ops, b, stream, modulation, rotation, cross=keys_values)
             shift, scale = by_condition(len(w.blocks)).chunk(2, dim=-1)
-            return ops.linear(ops.norm_modulate(h, scale, shift), w.output)
+            return ops.linear(ops.residual_norm(stream, (scale, shift))[1], w.output)
 
         return velocity

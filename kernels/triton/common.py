@@ -72,9 +72,9 @@ def modulated(
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x in dtype; beyond the range of float16 its largest number, since an infinity would turn into NaN further on."""
+    """x in dtype; beyond the range of float16 its largest number, since an infinity would turn into NaN further on. NaN stays."""
     if dtype == tl.float16:
-        x = tl.clamp(x, -65504.0, 65504.0)
+        x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(dtype)
 
 
