@@ -209,6 +209,11 @@ def digest_of(tensors: Iterable[Tensor]) -> Tensor:
         return torch.cat([part for tensor in tensors for part in _digest(tensor)])
 
 
+@functools.cache
+def _factors(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _FACTORS.to(device, dtype)  # and not for each parameter, which on a GPU is a copy from the host
+
+
 def same_digest(a: Tensor, b: Tensor) -> bool:
     return a.device == b.device and torch.equal(a, b)
 
@@ -223,7 +228,7 @@ def _digest(tensor: Tensor) -> list[Tensor]:
     if flat.is_floating_point() and len(flat):
         length = min(ROW, len(flat))
         rows = len(flat) // length
-        factors = _FACTORS.to(flat.device, flat.dtype)
+        factors = _factors(flat.device, flat.dtype)
         products = [flat[: rows * length].view(rows, length) @ factors[:length]]
         products += [(flat[rows * length :] * factors[: len(flat) - rows * length]).sum()[None]]
         parts += [_bits(product) for product in products]
