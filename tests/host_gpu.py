@@ -38,22 +38,31 @@ def library(launcher: str = "launch.cpp", sources: Path = ROOT / "kernels" / "cu
 
 
 class HostGpu:
-    """A backends.cuda.Gpu. missing: how many of a grid's last blocks never run. slow: a block that reads what it is told slowly."""
+    """A backends.cuda.Gpu. missing: how many of a grid's last blocks never run. slow: a block that reads what it is told slowly.
+    clock_goes_back: from the start of a launch on."""
 
     warps = WARPS
     origin = "compiled for the processor"
 
     def __init__(
-        self, kernels: Path | None = None, multiprocessors: int = 4, shared_bytes: int = 60_000, missing: int = 0, slow: int = -1
+        self,
+        kernels: Path | None = None,
+        multiprocessors: int = 4,
+        shared_bytes: int = 60_000,
+        missing: int = 0,
+        slow: int = -1,
+        clock_goes_back: bool = False,
     ):
         self.library = library(sources=kernels) if kernels else library()
         self.multiprocessors, self.shared_bytes, self.missing = multiprocessors, shared_bytes, missing
-        self.slow = slow
+        self.slow, self.clock_goes_back = slow, clock_goes_back
+        self.gave_up = torch.zeros(1, dtype=torch.int32)
         self.entries: list[str] = []  # that were launched
 
     def launch(self, entry: str, call: cuda.Call, plan: cuda.Plan) -> None:
         self.entries.append(entry)
         self.library.host_cuda_slow_block(self.slow)
+        self.library.host_cuda_clock_goes_back(self.clock_goes_back)
         self.library.host_cuda_launch(entry.encode(), ctypes.byref(call), plan.grid, plan.shared_bytes, self.missing)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import types
+from pathlib import Path
 
 import host_gpu
 import numpy as np
@@ -204,6 +205,16 @@ def test_start_and_steps_from_one_seed(host):
 # When something is wrong -----------------------------------------------------------------------------------------------
 
 
+def mutated(folder: Path, old: str, new: str) -> Path:
+    """The kernels with a change, in a folder of their own."""
+    kernels = folder / "kernels"
+    shutil.copytree(ROOT / "kernels" / "cuda", kernels)
+    source = kernels / "mlp_denoise.cuh"
+    assert source.read_text().count(old) == 1
+    source.write_text(source.read_text().replace(old, new))
+    return kernels
+
+
 def test_gives_up_with_nan_where_a_block_never_runs(monkeypatch):
     gpu = HostGpu(missing=1)
     host_gpu.use(monkeypatch, gpu)
@@ -212,6 +223,48 @@ def test_gives_up_with_nan_where_a_block_never_runs(monkeypatch):
     assert run(head, call(head, 4, solvers.ddpm(2))).isnan().all()
     monkeypatch.setattr(cuda, "WIDTHS", ())
     assert "width 256, relative error nan" in cuda_check.is_wrong(gpu, CPU)
+
+
+def test_the_call_after_one_that_gave_up_says_so(monkeypatch):
+    """Once, whether launches are a graph's replays or not; what comes then is right again."""
+    gpu = HostGpu()
+    host_gpu.use(monkeypatch, gpu)
+    monkeypatch.setattr(cuda, "PATIENCE", 300_000_000)
+    head = bfloat16_head(MLPSpec(16, 32, 1, 32))
+    settings = call(head, 4, solvers.ddpm(2))
+    expected = run(head, settings)
+    for graphed in (False, True):
+        if graphed:
+            w = head.packed("cuda", torch.bfloat16, cuda.Weights)
+            w.graphs = graphs.Graphs(CPU, capture=lambda loop: (loop, 0))
+            run(head, settings)
+        gpu.missing = 1
+        assert run(head, settings).isnan().all()
+        gpu.missing = 0
+        with pytest.raises(RuntimeError, match=r"an earlier call on this GPU gave up after 0\.3 s and returned NaN"):
+            run(head, settings)
+        assert torch.equal(run(head, settings), expected)
+    assert w.graphs.hits == 2
+
+
+def test_a_kernel_that_does_not_tell_of_it_would_be_seen(tmp_path, monkeypatch):
+    gpu = HostGpu(mutated(tmp_path, "    if (thread == 0 && raised(gave_up())) tell_host(p.gave_up);\n", ""), missing=1)
+    host_gpu.use(monkeypatch, gpu)
+    monkeypatch.setattr(cuda, "PATIENCE", 100_000_000)
+    head = bfloat16_head(MLPSpec(16, 32, 1, 32))
+    assert run(head, call(head, 4, solvers.ddpm(2))).isnan().all()
+    assert gpu.gave_up.item() == 0
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_clock_that_goes_back_ends_nothing(signed, tmp_path, monkeypatch):
+    """As an unsigned difference it would be longer than any patience."""
+    comparison = "i64(nanoseconds() - *shared<u64>(kClockAt)) > i64(p.patience)"
+    kernels = None if signed else mutated(tmp_path, comparison, comparison.replace("i64", "u64"))
+    host_gpu.use(monkeypatch, HostGpu(kernels, slow=1, clock_goes_back=True))
+    head = bfloat16_head(MLPSpec(16, 32, 1, 32))
+    settings = call(head, 2, solvers.ddpm(1))
+    assert run(head, settings).isfinite().all() == signed
 
 
 MUTATIONS = {
@@ -234,12 +287,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_caught(name, tmp_path, monkeypatch):
     """So what is tested here can fail. Little shared memory, so that weights stream; more warps than rows; and a late block."""
-    kernels = tmp_path / "kernels"
-    shutil.copytree(ROOT / "kernels" / "cuda", kernels)
-    source = kernels / "mlp_denoise.cuh"
-    old, new = MUTATIONS[name]
-    assert source.read_text().count(old) == 1
-    source.write_text(source.read_text().replace(old, new))
+    kernels = mutated(tmp_path, *MUTATIONS[name])
     head = bfloat16_head(MLPSpec(16, 128, 1, 32))
     settings = call(head, 2, table_with_memory(3))
     how = {"shared_bytes": 22_000, "slow": 1}
@@ -264,13 +312,21 @@ def plan(width, depth, rows, multiprocessors=132, kilobytes=227, guided=True):
 
 
 def test_plans_for_an_h100():
-    """As few groups as possible, all multiprocessors, and the output layer stays if anything does."""
+    """As few groups as possible, no more blocks than make a step shorter, and the output layer stays if anything does."""
     found = plan(1024, 6, 8)
     assert (found.groups, found.blocks, found.out_resident, found.ring) == (1, 128, 1, 3)
     assert found.resident >= 5
     assert [plan(1280, 8, rows).groups for rows in (2, 16, 18, 32, 34, 64)] == [1, 1, 2, 2, 3, 4]
     assert [plan(1280, 8, rows, guided=False).groups for rows in (1, 16, 17, 64)] == [1, 1, 2, 4]
     assert plan(64, 1, 8).ring == 0
+    for width, depth, by_rows in (
+        (1024, 6, {8: (1, 128), 32: (2, 64), 48: (3, 43), 64: (4, 32)}),
+        (1280, 8, {8: (1, 80), 32: (2, 54), 48: (3, 40), 64: (4, 32)}),
+        (1536, 12, {8: (1, 96), 32: (2, 64), 48: (3, 39), 64: (4, 32)}),
+    ):
+        for rows, grid in by_rows.items():
+            found = plan(width, depth, rows)
+            assert (found.groups, found.blocks) == grid
 
 
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
@@ -285,7 +341,9 @@ def test_plans_fit(width, depth, multiprocessors, kilobytes):
         assert found.grid <= multiprocessors
         assert found.shared_bytes <= kilobytes << 10
         assert -(-(rows // 2) // found.groups) * 2 <= cuda.GROUP_ROWS
-        own = 2 * depth * -(-(width // 8) // found.blocks)
+        own_tiles = -(-(width // 8) // found.blocks)
+        own = 2 * depth * own_tiles
+        assert found.blocks == 1 or (found.blocks - 1) * own_tiles < width // 8  # none without work
         assert found.resident == own if found.ring == 0 else found.resident < own and found.ring <= cuda.MAX_RING
         assert all(at % 16 == 0 for at in (found.activations_at, found.own_at, found.units_at))
 

@@ -40,7 +40,7 @@ PREBUILT = PACKAGE / "mlp_denoise.fatbin"
 CROSSOVER = SOURCE.with_name("crossover.json")
 
 MAX_ROWS = 64
-FASTEST_UP_TO = 32  # rows, on a GPU that CROSSOVER does not know
+FASTEST_UP_TO = 16  # rows, on a GPU that CROSSOVER does not know
 WIDTHS = (1024, 1280, 1536)  # that have an entry of their own
 ENTRIES = (*(f"mlp_denoise_{width}" for width in WIDTHS), "mlp_denoise_any")
 COLUMNS, GROUP_ROWS, CHANNELS = 8, 16, 16  # kColumns, kRows, kChannels of mlp_denoise.h
@@ -55,7 +55,7 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("units", "bias", "out_bias", "in_weight", "in_bias", "modulation", "table")),
-        *((name, ctypes.c_void_p) for name in ("scalars", "noise", "philox", "x", "before", "words", "dump")),
+        *((name, ctypes.c_void_p) for name in ("scalars", "noise", "philox", "x", "before", "words", "dump", "gave_up")),
         ("patience", ctypes.c_uint64),
         *((name, ctypes.c_int) for name in ("width", "depth", "channels", "steps", "trajectories", "guided", "first_step")),
         *((name, ctypes.c_int) for name in ("blocks", "each", "more", "activations_at", "own_at", "units_at")),
@@ -84,10 +84,14 @@ class Plan:
 
 
 class Gpu(Protocol):
-    """Where the kernel runs: how many multiprocessors there are, of how much shared memory each, and a way to launch."""
+    """Where the kernel runs: how many multiprocessors there are, of how much shared memory each, and a way to launch.
+
+    gave_up: [1] int32 in the host's memory, of which a launch that gives up makes 1.
+    """
 
     multiprocessors: int
     shared_bytes: int
+    gave_up: Tensor
     warps: int
     origin: str
 
@@ -155,6 +159,7 @@ def denoise(
 ) -> Tensor:
     if len(z) == 0:
         return noise.clone()
+    raise_if_gave_up(gpu(z.device))
     w = head.packed("cuda", z.dtype, Weights)
     philox = step_noise if isinstance(step_noise, Philox) else None
     given = None if philox else step_noise
@@ -237,6 +242,7 @@ def launch(w: Weights, shape: Shape, b: Buffers, steps: range, modulation: Tenso
     call = Call(
         **{name: address(getattr(w, name)) for name in ("units", "bias", "out_bias", "in_weight", "in_bias")},
         **{name: address(b[name]) for name in ("scalars", "philox", "x", "before", "words")},
+        gave_up=address(on.gave_up),
         modulation=address(modulation),
         table=address(b["steps"][steps.start :]),
         noise=address(b["noise"][steps.start :]),
@@ -256,6 +262,17 @@ def launch(w: Weights, shape: Shape, b: Buffers, steps: range, modulation: Tenso
     on.launch(w.entry, call, plan)
 
 
+def raise_if_gave_up(on: Gpu) -> None:
+    """RuntimeError, once, if a launch before now gave up, a graph's replay or not. Does not wait for launches that still run."""
+    if on.gave_up.item():
+        on.gave_up.zero_()
+        raise RuntimeError(
+            f"backend cuda: an earlier call on this GPU gave up after {PATIENCE / 1e9:g} s and returned NaN: its thread blocks did "
+            "not all run (a limit of MPS, another program, a debugger, a GPU that stood still). Discard what it returned; the "
+            "backends triton and hoisted do not need all blocks at once"
+        )
+
+
 def plan_for(spec: MLPSpec, shape: Shape, on: Gpu) -> Plan | None:
     """None if there is no way to lay it out."""
     return _plan_for(spec.width, spec.depth, shape.trajectories, 1 + shape.guided, on.multiprocessors, on.shared_bytes, on.warps)
@@ -265,13 +282,14 @@ def plan_for(spec: MLPSpec, shape: Shape, on: Gpu) -> Plan | None:
 def _plan_for(
     width: int, depth: int, trajectories: int, halves: int, multiprocessors: int, shared_bytes: int, warps: int
 ) -> Plan | None:
-    """As few groups as rows and shared memory allow, since every group reads all weights, of as many blocks as there are."""
+    """As few groups as rows and shared memory allow, since every group reads all weights, of as many blocks as shorten a step."""
     for groups in range(-(-trajectories * halves // GROUP_ROWS), min(trajectories, multiprocessors) + 1):
         rows = -(-trajectories // groups) * halves
         if rows > GROUP_ROWS:
             continue
         blocks = min(width // COLUMNS, multiprocessors // groups)
         own_tiles = -(-(width // COLUMNS) // blocks)
+        blocks = -(-(width // COLUMNS) // own_tiles)  # more would read all activations and shorten no block's work
         tile = GROUP_ROWS * COLUMNS
         # kPartialAt of kernels/cuda/mlp_denoise.cuh, and what it says there of what follows
         activations_at = 8 * GROUP_ROWS * CHANNELS + 16 + 8 * CHANNELS + min(2, own_tiles) * 4 * warps * tile
@@ -350,9 +368,12 @@ class NvidiaGpu:
             raise RuntimeError(f"the native core, which launches it, is not part of this installation ({_IMPORT_ERROR})")
         self.device = device
         self._module, self.origin = _module(device, stops)
+        self.gave_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # which a GPU reaches under its address here
         self.multiprocessors = self._module.multiprocessors()
-        self.shared_bytes = self._module.shared_bytes()
-        for entry in ENTRIES:  # also loads it, which cannot be done while a graph is captured
+        # Asking also loads the kernels, which cannot be done while a graph is captured.
+        static = max(self._module.resources(entry).shared_bytes for entry in ENTRIES)
+        self.shared_bytes = self._module.shared_bytes() - static
+        for entry in ENTRIES:
             if not self._module.fits(name=entry, threads=32 * self.warps, shared_bytes=self.shared_bytes):
                 raise RuntimeError(f"{entry}: not one block fits a multiprocessor")
 

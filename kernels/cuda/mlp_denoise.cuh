@@ -109,6 +109,7 @@ class Loop {
       finish_step();
     }
     store_state();
+    if (thread == 0 && raised(gave_up())) tell_host(p.gave_up);
   }
 
  private:
@@ -269,12 +270,10 @@ class Loop {
     }
   }
 
-  // Until all words of a row belong to `exchange`. First a lane's last four alone, so that blocks that wait leave level 2 to
-  // those that write.
+  // Until all words of a row belong to `exchange`; those that did not are read again.
   template <int kCount>
   __device__ __forceinline__ void wait_for(const u32* words, u32 exchange, Kept<uint4, kCount>& kept) {
     if constexpr (kCount > 0) {
-      wait_for_quadruple(words, exchange, kCount - 1);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) kept.values[i] = load_or_lose(words, i);
       for (u32 tries = 1;; ++tries) {
@@ -285,7 +284,8 @@ class Loop {
         lost = tries % 64 == 0 && has_given_up();
         pause();
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) kept.values[i] = load_or_lose(words, i);
+        for (int i = 0; i < kCount; ++i)
+          if (!all_of(kept.values[i], exchange)) kept.values[i] = load_or_lose(words, i);
       }
     } else {
       for_each([&](int i) { wait_for_quadruple(words, exchange, i); });
@@ -304,8 +304,9 @@ class Loop {
     return lost ? uint4{~0u, ~0u, ~0u, ~0u} : load_words(words + lane_column(i));
   }
 
+  // The clock may be set back meanwhile.
   __device__ bool has_given_up() {
-    if (!raised(gave_up()) && nanoseconds() - *shared<u64>(kClockAt) > p.patience) raise(gave_up());
+    if (!raised(gave_up()) && i64(nanoseconds() - *shared<u64>(kClockAt)) > i64(p.patience)) raise(gave_up());
     return raised(gave_up());
   }
 

@@ -6,6 +6,7 @@ namespace disa_fast::cuda {
 using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
+using i64 = long long;
 
 constexpr int kColumns = 8;    // output columns of a tile: the N of the matrix instruction
 constexpr int kRows = 16;      // rows that a group of blocks draws, at most: its M
@@ -30,6 +31,7 @@ struct MlpDenoise {
   u32* before;             // the same: the network's output of the step before
   u32* words;              // [groups][3][kRows][width], zero: what blocks tell each other: h (two buffers), u
   float* dump;             // [rows][width], for DISA_FAST_STOP
+  u32* gave_up;            // in the host's memory: becomes 1 where the launch gives up
   u64 patience;            // nanoseconds that the launch may take before it gives up, leaving NaN
   int width, depth, channels, steps, trajectories, guided;
   int first_step;                        // of this launch among the trajectory's, which philox counts

@@ -29,6 +29,9 @@ __device__ __forceinline__ void store_word(u32* to, u32 word) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
 }
 
+// Into memory of the host, which looks when it likes.
+__device__ __forceinline__ void tell_host(u32* flag) { asm volatile("st.relaxed.sys.global.u32 [%0], 1;" ::"l"(flag) : "memory"); }
+
 __device__ __forceinline__ void pause() {}
 
 __device__ __forceinline__ u64 nanoseconds() {

@@ -1,6 +1,6 @@
 // The names of kernels/cuda/ptx.cuh in plain C++, for a machine without a GPU: a thread of the system for each of CUDA's, barriers
-// for
-// __syncthreads and for what a warp does together, relaxed atomics for the words between blocks, a loop for the matrix instruction.
+// for __syncthreads and for what a warp does together, relaxed atomics for the words between blocks, a loop for the matrix
+// instruction.
 //
 // A background copy spoils its target when it is asked for, and fills it only when it is waited for: real ones may do either at any
 // time in between. So a copy that comes too early, and a wait that is missing, both show.
@@ -114,6 +114,7 @@ inline thread_local Here here;
 
 // For tests of the tests: a line of __syncthreads that does nothing; a block that takes its time to read what others tell it.
 inline int skipped_line = 0, slow_block = -1;
+inline bool clock_goes_back = false;
 
 inline void sync_threads(int line) {
   if (line != skipped_line) here.block->barrier.arrive_and_wait();
@@ -177,10 +178,13 @@ inline u32 load_word(const u32* from) { return std::atomic_ref<u32>(*const_cast<
 
 inline void store_word(u32* to, u32 word) { std::atomic_ref<u32>(*to).store(word, std::memory_order_relaxed); }
 
+inline void tell_host(u32* flag) { std::atomic_ref<u32>(*flag).store(1, std::memory_order_relaxed); }
+
 inline void pause() { std::this_thread::yield(); }
 
 inline u64 nanoseconds() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  const u64 now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return host::clock_goes_back ? ~now : now;
 }
 
 inline void raise(u32* flag) { std::atomic_ref<u32>(*flag).store(1, std::memory_order_relaxed); }
