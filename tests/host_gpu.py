@@ -63,7 +63,8 @@ class HostGpu:
         self.entries.append(entry)
         self.library.host_cuda_slow_block(self.slow)
         self.library.host_cuda_clock_goes_back(self.clock_goes_back)
-        self.library.host_cuda_launch(entry.encode(), ctypes.byref(call), plan.grid, plan.shared_bytes, self.missing)
+        kernel = getattr(self.library, entry)
+        self.library.host_cuda_launch(kernel, ctypes.byref(call), plan.grid, plan.shared_bytes, self.missing)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> None:

@@ -159,7 +159,9 @@ double philox_normal(u64 seed, u64 stream, u32 step, int channel) {
 
 using Entry = void (*)(MlpDenoise);
 
-void mlp_denoise_256(MlpDenoise call) { Loop<256>(call).run(); }  // a width known to the compiler, as the published ones are
+void mlp_denoise_256(MlpDenoise call) {
+  Loop<256, Bfloat16>(call).run();
+}  // a width known to the compiler, as the published ones are
 
 constexpr int kAll = -1;
 constexpr u64 kPatience = 60'000'000'000;  // a thousand threads on two processors, under a sanitizer, beside other work

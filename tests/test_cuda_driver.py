@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from disa_fast.backends import cpu, triton
+from disa_fast.backends import cpu, cuda, triton
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
@@ -357,7 +357,7 @@ def test_the_fatbin_serves_every_gpu(fatbin):
         assert "sm_100" in codes
     assert re.findall(r"\.(sm_\w+)\.ptx", dump("--list-ptx")) == ["sm_80"]
     kernels = re.findall(r"Function (\w+):", dump("--dump-resource-usage"))
-    assert sorted(kernels) == sorted([f"mlp_denoise_{width}" for width in (1024, 1280, 1536, "any")] * len(codes))
+    assert sorted(kernels) == sorted(cuda.ENTRIES * len(codes))
 
 
 def compile_fatbin(folder: Path, nvcc: str, **environment: str) -> str | None:

@@ -1,7 +1,8 @@
 """One CUDA kernel for the whole loop on a GPU: all steps in one launch, weights on the chip, for few rows (kernels/cuda).
 
-The hoists of `hoisted`, made by `triton`'s product. Weights, modulation and the operands of the matrix products are in bfloat16,
-all else in float32. A row's bits never depend on the rows beside it. Whole calls are replayed as CUDA graphs, as `triton`'s are.
+The hoists of `hoisted`, made by `triton`'s product. Weights, modulation and the operands of the matrix products are in bfloat16 or
+float16, all else in float32; an operand beyond float16's range is its largest number. A row's bits never depend on the rows beside
+it. Whole calls are replayed as CUDA graphs, as `triton`'s are.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ CROSSOVER = SOURCE.with_name("crossover.json")
 MAX_ROWS = 64
 FASTEST_UP_TO = 16  # rows, on a GPU that CROSSOVER does not know
 WIDTHS = (1024, 1280, 1536)  # that have an entry of their own
-ENTRIES = (*(f"mlp_denoise_{width}" for width in WIDTHS), "mlp_denoise_any")
+SUFFIXES = {torch.bfloat16: "", torch.float16: "_float16"}  # of entries
+ENTRIES = tuple(f"mlp_denoise_{width}{suffix}" for suffix in SUFFIXES.values() for width in (*WIDTHS, "any"))
 COLUMNS, GROUP_ROWS, CHANNELS = 8, 16, 16  # kColumns, kRows, kChannels of mlp_denoise.h
 OUT_TILES = 2 * CHANNELS // COLUMNS
 PAD = 8
@@ -108,8 +110,8 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, 
         found = gpu(device)  # before all that would not help there, and loading nothing
         if isinstance(found, str):
             return found
-    if dtype != torch.bfloat16:
-        return f"computes in bfloat16, not in {dtype}"
+    if dtype not in SUFFIXES:
+        return f"computes in bfloat16 or float16, not in {dtype}"
     if rows > MAX_ROWS:
         return f"serves up to {MAX_ROWS} rows, not {rows}"
     if spec.in_channels > CHANNELS:
@@ -178,7 +180,7 @@ def denoise(
     return triton.replayed(w, shape, layout, loop, fill, z, noise)
 
 
-HOISTS = tiles.HEURISTIC["bfloat16"][tiles.FEW], "ieee"  # of the product before the loop: one choice, whatever the rows
+HOISTS = tiles.HEURISTIC["bfloat16"][tiles.FEW], "ieee"  # of the product before the loop: one choice, whatever the rows and type
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class Weights(triton.Weights):
         weight, bias = self.input
         self.in_weight = F.pad(weight.float(), (0, CHANNELS - channels)).contiguous()
         self.in_bias = bias.float()
-        self.entry = f"mlp_denoise_{width if width in WIDTHS else 'any'}"  # one of ENTRIES
+        self.entry = f"mlp_denoise_{width if width in WIDTHS else 'any'}{SUFFIXES[self.units.dtype]}"
 
 
 def fragments(weight: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ constexpr int kClockAt = kBeforeAt + 4 * kTokenValues;  // when the launch began
 constexpr int kOutBiasAt = kClockAt + 16;               // [2 * kChannels]
 constexpr int kPartialAt = kOutBiasAt + 8 * kChannels;
 // of sums, [1, or 2 where a block owns several tiles][kWarps][kRows][kColumns]. Then, where the caller says:
-// - p.activations_at: [rows][width + kPad] bfloat16
+// - p.activations_at: [rows][width + kPad] of 16 bits
 // - p.own_at, kOwn for each of the block's tiles: h [kRows][kColumns], and of the input layer [kColumns][kChannels + 1], [kColumns]
 // - p.units_at: units of weights that stay, first the output layer's; then p.ring for those that stream
 constexpr int kOwn = kTile + kColumns * (kChannels + 1) + kColumns;
@@ -83,8 +83,8 @@ struct Kept<T, 0> {
   }
 };
 
-// kWidth: of the head, or 0 for any multiple of 16.
-template <int kWidth>
+// kWidth: of the head, or 0 for any multiple of 16. Number: of weights, modulation and operands; see ptx.cuh.
+template <int kWidth, class Number>
 class Loop {
  public:
   __device__ explicit Loop(const MlpDenoise& call) : p(call), thread(threadIdx.x) {
@@ -135,7 +135,7 @@ class Loop {
     const auto ahead = [&](int tile) {
       if (!is_output()) return;
       bias = load_ahead(p.bias + (2 * i + 1) * width() + column_of(tile));
-      gate = load_ahead_bfloat16(modulation_of(output_row()) + (3 * i + 2) * width() + column_of(tile));
+      gate = Number::low(load_ahead(modulation_of(output_row()) + (3 * i + 2) * width() + column_of(tile)));
     };
     ahead(0);
     gather_hidden(u_exchange(i));
@@ -245,11 +245,11 @@ class Loop {
         const uint4 w = h.at(i, load_h);
         uint2& m = *reinterpret_cast<uint2*>(activations(row) + lane_column(i));
         const uint2 shift = m, scale = scales.at(i, load_scale);
-        const auto modulated = [&](u32 word, u32 scale_bits, u32 shift_bits) {
-          return (value_of(word) - mean) * inverse * as_float(scale_bits) + as_float(shift_bits);
+        const auto modulated = [&](u32 low, u32 high, u32 scale, u32 shift) {
+          return operands((value_of(low) - mean) * inverse * Number::low(scale) + Number::low(shift),
+                          (value_of(high) - mean) * inverse * Number::high(scale) + Number::high(shift));
         };
-        m = {pack_bfloat16(modulated(w.x, scale.x << 16, shift.x << 16), modulated(w.y, scale.x & kHigh, shift.x & kHigh)),
-             pack_bfloat16(modulated(w.z, scale.y << 16, shift.y << 16), modulated(w.w, scale.y & kHigh, shift.y & kHigh))};
+        m = {modulated(w.x, w.y, scale.x, shift.x), modulated(w.z, w.w, scale.y, shift.y)};
       });
     }
   }
@@ -264,11 +264,14 @@ class Loop {
       wait_for(words, exchange, u);
       for_each([&](int i) {
         const uint4 w = u.at(i, load_u);
-        const uint2 m = {pack_bfloat16(value_of(w.x), value_of(w.y)), pack_bfloat16(value_of(w.z), value_of(w.w))};
+        const uint2 m = {operands(value_of(w.x), value_of(w.y)), operands(value_of(w.z), value_of(w.w))};
         *reinterpret_cast<uint2*>(activations(row) + lane_column(i)) = m;
       });
     }
   }
+
+  // Two operands of a product. Beyond the range of float16 they are its largest number: an infinity would turn into NaN further on.
+  __device__ __forceinline__ static u32 operands(float low, float high) { return Number::held(Number::pack(low, high)); }
 
   // Until all words of a row belong to `exchange`; those that did not are read again.
   template <int kCount>
@@ -351,10 +354,10 @@ class Loop {
     float4 even = {0, 0, 0, 0}, odd = {0, 0, 0, 0};  // two sums, so that an instruction need not wait for the one before
 #pragma unroll 4
     for (int k = 0; k + 1 < count; k += 2) {
-      multiply_add(even, load_matrix(from + k * 16), unit[k * 32]);
-      multiply_add(odd, load_matrix(from + k * 16 + 16), unit[k * 32 + 32]);
+      Number::multiply_add(even, load_matrix(from + k * 16), unit[k * 32]);
+      Number::multiply_add(odd, load_matrix(from + k * 16 + 16), unit[k * 32 + 32]);
     }
-    if (count % 2) multiply_add(even, load_matrix(from + count * 16 - 16), unit[count * 32 - 32]);
+    if (count % 2) Number::multiply_add(even, load_matrix(from + count * 16 - 16), unit[count * 32 - 32]);
     float* to = sums + lane() / 4 * kColumns + lane() % 4 * 2;
     *reinterpret_cast<float2*>(to) = {even.x + odd.x, even.y + odd.y};
     *reinterpret_cast<float2*>(to + 8 * kColumns) = {even.z + odd.z, even.w + odd.w};
@@ -491,7 +494,6 @@ class Loop {
   // Where things are ----------------------------------------------------------------------------------------------------------
 
   static constexpr int kEach = kWidth / 128;  // quadruples of columns that a lane has of a row
-  static constexpr u32 kHigh = 0xffff0000u;
   static_assert(kWidth % 128 == 0, "a warp reads whole rows");
 
   template <class T>

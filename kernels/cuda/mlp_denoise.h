@@ -22,7 +22,7 @@ struct MlpDenoise {
   const float* out_bias;   // [2*kChannels]: o, then v
   const float* in_weight;  // [width][kChannels]
   const float* in_bias;    // [width]
-  const u16* modulation;   // [steps][rows][(3*depth + 2)*width] bfloat16: shift, scale, gate a block; final shift, scale
+  const u16* modulation;   // [steps][rows][(3*depth + 2)*width] of 16 bits: shift, scale, gate a block; final shift, scale
   const float* table;      // [steps][kTableColumns], rows of a StepTable
   const float* scalars;    // guidance scale, temperature
   const float* noise;      // [steps][trajectories][channels], or null

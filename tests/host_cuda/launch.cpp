@@ -1,29 +1,15 @@
 // kernels/cuda/mlp_denoise.cu on the threads of this machine, as a library for tests.
 #include <cstddef>
-#include <string>
 
 #include "host_cuda/ptx.h"
 #include "mlp_denoise.cu"
 
-namespace {
-
 using namespace disa_fast::cuda;
-using Entry = void (*)(MlpDenoise);
-
-Entry entry_named(const std::string& name) {
-  if (name == "mlp_denoise_1024") return mlp_denoise_1024;
-  if (name == "mlp_denoise_1280") return mlp_denoise_1280;
-  if (name == "mlp_denoise_1536") return mlp_denoise_1536;
-  return mlp_denoise_any;
-}
-
-}  // namespace
 
 extern "C" {
 
 // missing: so many of the grid's last blocks never run.
-void host_cuda_launch(const char* name, const MlpDenoise* call, int grid, int shared_bytes, int missing) {
-  const Entry entry = entry_named(name);
+void host_cuda_launch(void (*entry)(MlpDenoise), const MlpDenoise* call, int grid, int shared_bytes, int missing) {
   host::run_grid(grid, missing, kThreads, shared_bytes, [=] { entry(*call); });
 }
 

@@ -157,13 +157,6 @@ const Lanes& exchanged(Show show) {
   return lanes;
 }
 
-inline float bfloat16(u32 bits) {
-  bits <<= 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 }  // namespace host
 
 // Words that blocks tell each other -------------------------------------------------------------------------------------
@@ -198,7 +191,7 @@ inline u32 load_acquire(const u32* from) { return std::atomic_ref<u32>(*const_ca
 
 inline float load_ahead(const float* from) { return *from; }
 inline uint2 load_ahead(const uint2* from) { return *from; }
-inline float load_ahead_bfloat16(const u16* from) { return host::bfloat16(*from); }
+inline u16 load_ahead(const u16* from) { return *from; }
 
 template <int kBytes>
 void copy_async(void* to, const void* from) {
@@ -235,14 +228,6 @@ inline u32 as_bits(float value) {
 
 inline u32 multiply_high(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
 
-inline u32 pack_bfloat16(float low, float high) {
-  const auto round = [](float value) -> u32 {
-    const u32 bits = as_bits(value);
-    return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-  };
-  return round(low) | round(high) << 16;
-}
-
 inline float silu(float value) { return value / (1 + std::exp(-value)); }
 inline float reciprocal_root(float value) { return 1 / std::sqrt(value); }
 inline float sinpif(float value) { return float(std::sin(3.14159265358979323846 * value)); }
@@ -268,13 +253,16 @@ inline uint4 load_matrix(const void* row) {
   return {pair(0), pair(1), pair(2), pair(3)};
 }
 
-inline void multiply_add(float4& c, uint4 a, uint2 b) {
+namespace host {
+
+// element(pair, i): of a pair in a word, the one that i's last bit says
+template <class Element>
+void multiply_add(float4& c, uint4 a, uint2 b, Element element) {
   const int lane = host::here.lane;
   const host::Lanes& shown = host::exchanged([=](host::Lanes& lanes) {
     lanes.a[lane] = a;
     lanes.b[lane] = b;
   });
-  const auto element = [](u32 pair, int k) { return host::bfloat16(k % 2 ? pair >> 16 : pair & 0xffff); };
   const auto sum = [&](int row, int column, float value) {
     for (int k = 0; k < 16; ++k) {
       const uint4& rows = shown.a[row % 8 * 4 + k % 8 / 2];
@@ -287,5 +275,46 @@ inline void multiply_add(float4& c, uint4 a, uint2 b) {
   const int row = lane / 4, column = 2 * (lane % 4);
   c = {sum(row, column, c.x), sum(row, column + 1, c.y), sum(row + 8, column, c.z), sum(row + 8, column + 1, c.w)};
 }
+
+}  // namespace host
+
+struct Bfloat16 {
+  static float low(u32 pair) { return as_float(pair << 16); }
+  static float high(u32 pair) { return as_float(pair & 0xffff0000u); }
+  static u32 pack(float low, float high) {
+    const auto round = [](float value) -> u32 {
+      const u32 bits = as_bits(value);
+      return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    };
+    return round(low) | round(high) << 16;
+  }
+  static u32 held(u32 pair) { return pair; }
+  static void multiply_add(float4& c, uint4 a, uint2 b) {
+    host::multiply_add(c, a, b, [](u32 pair, int i) { return i % 2 ? high(pair) : low(pair); });
+  }
+};
+
+struct Float16 {
+  static float low(u32 pair) {
+    const u16 bits = u16(pair);
+    _Float16 value;
+    std::memcpy(&value, &bits, 2);
+    return float(value);
+  }
+  static float high(u32 pair) { return low(pair >> 16); }
+  static u32 pack(float low, float high) {
+    const _Float16 values[2] = {_Float16(low), _Float16(high)};
+    u32 pair;
+    std::memcpy(&pair, values, 4);
+    return pair;
+  }
+  static u32 held(u32 pair) {
+    const auto hold = [](float value) { return value > 65504 ? 65504.f : value < -65504 ? -65504.f : value; };
+    return pack(hold(low(pair)), hold(high(pair)));
+  }
+  static void multiply_add(float4& c, uint4 a, uint2 b) {
+    host::multiply_add(c, a, b, [](u32 pair, int i) { return i % 2 ? high(pair) : low(pair); });
+  }
+};
 
 }  // namespace disa_fast::cuda
