@@ -27,7 +27,7 @@ def library(launcher: str = "launch.cpp", sources: Path = ROOT / "kernels" / "cu
     """A launcher of tests/host_cuda over the kernels in `sources`. AssertionError with the words of a compiler that fails."""
     built = Path(tempfile.mkdtemp()) / "host_cuda.so"
     flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", "-w"]
-    defines = [f"-DDISA_FAST_WARPS={WARPS}", "-DDISA_FAST_STOP"]
+    defines = [f"-DDISA_FAST_WARPS={WARPS}", "-DDISA_FAST_DUMP"]
     includes = [f"-I{folder}" for folder in (sources, ROOT / "kernels" / "cuda", ROOT / "tests")]
     command = [compiler(), *flags, *defines, *includes, ROOT / "tests" / "host_cuda" / launcher, "-o", built]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -71,7 +71,7 @@ def use(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> None:
     """As what the backend finds on the CPU."""
     found = cuda.gpu
     monkeypatch.setattr(cuda, "gpu", lambda device: gpu if device.type == "cpu" else found(device))
-    monkeypatch.setattr(cuda, "stopping", lambda device: gpu)
+    monkeypatch.setattr(cuda, "dumping", lambda device: gpu)
 
 
 def offsets() -> list[int]:

@@ -303,13 +303,12 @@ def test_a_clock_that_goes_back_ends_nothing(signed, tmp_path, monkeypatch):
 
 MUTATIONS = {
     "a word is taken before it is there": ("return other == 0;", "return true;"),
-    "a copy is not waited for": ("    wait_for_all_but(p.ring);\n", ""),
-    "a slot of the ring is not waited for": (
-        "void wait_for_next_unit() { wait_for_all_but(p.ring - 1); }",
-        "void wait_for_next_unit() {}",
-    ),
-    "a slot of the ring is filled while it is read": ("wait_for_all_but(p.ring - 1); }", "stream_next_unit(in_use); }"),
-    "shift is not waited for": ("      wait_for_copies<0>();\n", ""),
+    "a copy is not waited for": ("    wait_for_copies<0>();\n    for (step", "    for (step"),
+    "a slot of the ring is not waited for": ("    wait_for_copy(barrier(use), use & p.ring ? 1 : 0);\n", ""),
+    "a slot of the ring is waited for once": ("use & p.ring ? 1 : 0", "0"),
+    "a slot of the ring is filled while it is read": ("use & p.ring ? 1 : 0);", "use & p.ring ? 1 : 0), stream(index + p.ring);"),
+    "a tile has the weights of the one before": ("weights(index + 1)", "units[0]"),
+    "shift is not waited for": ("      wait_for_copies<0>();\n      const float inverse", "      const float inverse"),
     "h has one buffer": ("int(exchange % 2)", "0"),
     "the gate is 1 % too large": ("h += gate * (sum + bias);", "h += 1.01f * gate * (sum + bias);"),
     "half of the sums is left out": ("for (int w = 0; w < kWarps; ++w) sum", "for (int w = 0; w < kWarps / 2; ++w) sum"),
@@ -330,7 +329,8 @@ def test_a_mutation_is_caught(name, tmp_path, monkeypatch):
     assert_close(right, head.denoise(**settings, backend="hoisted"), worst=3e-2 * float(right.abs().max()))
     monkeypatch.setattr(cuda, "PATIENCE", 1_000_000_000)
     host_gpu.use(monkeypatch, HostGpu(kernels, **how))
-    assert not torch.allclose(run(head, settings), right, rtol=1e-3, atol=1e-3 * float(right.abs().max()))
+    runs = (run(head, settings) for _ in range(3))  # on a busy machine the late block may once be in time
+    assert any(not torch.allclose(one, right, rtol=1e-3, atol=1e-3 * float(right.abs().max())) for one in runs)
 
 
 # Layout ----------------------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def plan(width, depth, rows, multiprocessors=132, kilobytes=227, guided=True):
 def test_plans_for_an_h100():
     """As few groups as possible, no more blocks than make a step shorter, and the output layer stays if anything does."""
     found = plan(1024, 6, 8)
-    assert (found.groups, found.blocks, found.out_resident, found.ring) == (1, 128, 1, 3)
+    assert (found.groups, found.blocks, found.out_resident, found.ring) == (1, 128, 1, 2)
     assert found.resident >= 5
     assert [plan(1280, 8, rows).groups for rows in (2, 16, 18, 32, 34, 64)] == [1, 1, 2, 2, 3, 4]
     assert [plan(1280, 8, rows, guided=False).groups for rows in (1, 16, 17, 64)] == [1, 1, 2, 4]

@@ -1,6 +1,7 @@
 """On a GPU: the persistent CUDA kernel. Its formulas and its waiting are checked without one in test_cuda.py."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -71,7 +72,7 @@ def test_is_as_good_as_eager(width, depth, rows, cfg, dtype):
 @pytest.mark.parametrize(("width", "depth"), HEADS)
 def test_no_phase_is_wrong(width, depth, dtype):
     if jit.why_not() is not None:
-        pytest.skip(f"compiles a kernel that can stop: {jit.why_not()}")
+        pytest.skip(f"compiles a kernel that dumps: {jit.why_not()}")
     settings = call(20, 2, 3.0, dtype)
     assert cuda_check.first_wrong_phase(low_head(width, depth, dtype), **settings) is None
 
@@ -109,20 +110,37 @@ def test_without_a_graph_and_within_another(head, monkeypatch):
 
 
 def test_giving_up_is_told_at_the_next_call(head):
-    """On purpose, after a nanosecond: NaN, then a RuntimeError, then what is right."""
+    """With a block that is not launched, in a graph too: NaN, then a RuntimeError, then what is right."""
     settings, w, on = call(8, 5, 3.0), head.packed("cuda", torch.bfloat16, cuda.Weights), cuda.gpu(GPU)
     expected = run(head, settings)
     shape = cuda.Shape(2, 8, True, True, *cuda.HOISTS)
     b = graphs.allocate(cuda.layout(w, shape), GPU)
     for buffer in b.values():
         buffer.zero_()
-    cuda.launch(w, shape, b, range(2), b["modulation"], on, patience=1)
+
+    class WithoutABlock:
+        multiprocessors, shared_bytes, warps, gave_up = on.multiprocessors, on.shared_bytes, on.warps, on.gave_up
+
+        def launch(self, entry: str, call: cuda.Call, plan: cuda.Plan) -> None:
+            on.launch(entry, call, dataclasses.replace(plan, blocks=plan.blocks - 1))
+
+    def give_up() -> None:
+        b["x"].zero_()
+        cuda.launch(w, shape, b, range(2), b["modulation"], WithoutABlock(), patience=1_000_000)
+
+    give_up()
     torch.cuda.synchronize()
-    if b["x"].isnan().any():  # all blocks' words may have come before anyone looked at the clock
-        assert on.gave_up.item() == 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        give_up()
+    for launch in (give_up, graph.replay):
+        on.gave_up.zero_()
+        launch()
+        torch.cuda.synchronize()
+        assert b["x"].isnan().all()
         with pytest.raises(RuntimeError, match="an earlier call on this GPU gave up"):
             run(head, settings)
-    assert torch.equal(run(head, settings), expected)
+        assert torch.equal(run(head, settings), expected)
 
 
 def test_several_heads_on_several_streams(head):

@@ -48,7 +48,8 @@ ENTRIES = tuple(f"mlp_denoise_{width}{suffix}" for suffix in SUFFIXES.values() f
 COLUMNS, GROUP_ROWS, CHANNELS = 8, 16, 16  # kColumns, kRows, kChannels of mlp_denoise.h
 OUT_TILES = 2 * CHANNELS // COLUMNS
 PAD = 8
-MAX_RING = 4
+PASS = 2  # kPass of mlp_denoise.cuh
+MAX_RING = 2 * PASS
 PATIENCE = 10_000_000_000  # nanoseconds that a launch may take before it gives up, leaving NaN
 
 
@@ -61,7 +62,7 @@ class Call(ctypes.Structure):
         ("patience", ctypes.c_uint64),
         *((name, ctypes.c_int) for name in ("width", "depth", "channels", "steps", "trajectories", "guided", "first_step")),
         *((name, ctypes.c_int) for name in ("blocks", "each", "more", "activations_at", "own_at", "units_at")),
-        *((name, ctypes.c_int) for name in ("out_resident", "resident", "ring", "stop_step", "stop_phase")),
+        *((name, ctypes.c_int) for name in ("out_resident", "resident", "ring", "dump_step", "dump_phase")),
     )
 
 
@@ -259,7 +260,7 @@ def launch(w: Weights, shape: Shape, b: Buffers, steps: range, modulation: Tenso
         more=shape.trajectories % plan.groups,
         **{name: getattr(plan, name) for name in ("blocks", "activations_at", "own_at", "units_at")},
         **{name: getattr(plan, name) for name in ("out_resident", "resident", "ring")},
-        **{"patience": PATIENCE, "stop_step": -1, **fields},
+        **{"patience": PATIENCE, "dump_step": -1, **fields},
     )
     on.launch(w.entry, call, plan)
 
@@ -292,16 +293,17 @@ def _plan_for(
         blocks = min(width // COLUMNS, multiprocessors // groups)
         own_tiles = -(-(width // COLUMNS) // blocks)
         blocks = -(-(width // COLUMNS) // own_tiles)  # more would read all activations and shorten no block's work
+        at_once = min(PASS, own_tiles)
         tile = GROUP_ROWS * COLUMNS
         # kPartialAt of kernels/cuda/mlp_denoise.cuh, and what it says there of what follows
-        activations_at = 8 * GROUP_ROWS * CHANNELS + 16 + 8 * CHANNELS + min(2, own_tiles) * 4 * warps * tile
+        activations_at = 8 * GROUP_ROWS * CHANNELS + 16 + 8 * MAX_RING + 8 * CHANNELS + at_once * 4 * warps * tile
         own_at = _up(activations_at + 2 * rows * (width + PAD), 16)
         units_at = _up(own_at + 4 * own_tiles * (tile + COLUMNS * (CHANNELS + 2)), 128)
         unit, own = 2 * COLUMNS * width, 2 * depth * own_tiles
         slots = (shared_bytes - units_at) // unit
-        if slots < 1:
+        if slots < at_once:
             continue
-        ring = 0 if slots >= own + OUT_TILES else min(slots, MAX_RING if own_tiles > 1 else 3)
+        ring = 0 if slots >= own + OUT_TILES else 2 * at_once if slots >= 2 * at_once else at_once
         out_resident = int(slots - ring >= OUT_TILES)
         resident = min(own, slots - ring - OUT_TILES * out_resident)
         total = units_at + (OUT_TILES * out_resident + resident + ring) * unit
@@ -350,26 +352,26 @@ def _load(index: int) -> Gpu | str:
 
 
 @functools.cache
-def stopping(device: torch.device) -> Gpu:
-    """The kernel compiled so that it can stop after a phase."""
-    return NvidiaGpu(device, stops=True)
+def dumping(device: torch.device) -> Gpu:
+    """The kernel compiled so that it leaves the outputs of a phase in `dump`."""
+    return NvidiaGpu(device, dumps=True)
 
 
 class NvidiaGpu:
     """The kernel on one GPU: what nvcc compiled with the package, else what NVRTC compiles now.
 
-    stops: compiled so that it can stop after a phase; see cuda_check.first_wrong_phase. RuntimeError if it cannot be had.
+    dumps: compiled so that it leaves a phase's outputs; see cuda_check.first_wrong_phase. RuntimeError if it cannot be had.
     """
 
     warps = 16  # DISA_FAST_WARPS of mlp_denoise.cuh
 
-    def __init__(self, device: torch.device, stops: bool = False) -> None:
+    def __init__(self, device: torch.device, dumps: bool = False) -> None:
         if torch.version.hip:
             raise RuntimeError("is made for NVIDIA GPUs; this is a PyTorch for AMD's")
         if _C is None:
             raise RuntimeError(f"the native core, which launches it, is not part of this installation ({_IMPORT_ERROR})")
         self.device = device
-        self._module, self.origin = _module(device, stops)
+        self._module, self.origin = _module(device, dumps)
         self.gave_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # which a GPU reaches under its address here
         self.multiprocessors = self._module.multiprocessors()
         # Asking also loads the kernels, which cannot be done while a graph is captured.
@@ -391,10 +393,10 @@ class NvidiaGpu:
         )
 
 
-def _module(device: torch.device, stops: bool) -> tuple[_C.CudaModule, str]:
+def _module(device: torch.device, dumps: bool) -> tuple[_C.CudaModule, str]:
     """The kernels loaded, and how they were compiled. What nvcc made may be too new for the driver; what NVRTC, which comes with
     PyTorch, makes is not."""
-    if PREBUILT.exists() and not stops:
+    if PREBUILT.exists() and not dumps:
         try:
             return _C.CudaModule(image=PREBUILT.read_bytes(), device=device.index), "compiled by nvcc"
         except RuntimeError as error:
@@ -404,7 +406,7 @@ def _module(device: torch.device, stops: bool) -> tuple[_C.CudaModule, str]:
     why_not = jit.why_not()
     if why_not is not None:
         raise RuntimeError(f"{before}, and NVRTC cannot compile it now: {why_not}")
-    image = jit.compile_cubin(SOURCE, architecture(device), ("DISA_FAST_STOP",) * stops)
+    image = jit.compile_cubin(SOURCE, architecture(device), ("DISA_FAST_DUMP",) * dumps)
     return _C.CudaModule(image=image, device=device.index), "compiled by NVRTC"
 
 

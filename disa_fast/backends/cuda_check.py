@@ -66,10 +66,10 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def first_wrong_phase(
     head: MLPHead, z: Tensor, table: StepTable, cfg: float, noise: Tensor, step_noise: Tensor | None, tolerance: float | None = None
 ) -> str | None:
-    """Run the kernel again and again, each time one phase further, and say where it first differs from `phases`.
+    """Run the kernel again and again, each time for one phase more, and say where it first differs from `phases`.
 
     Returns such as "step 3: u of block 1, relative error 0.8", or None if nowhere. Arguments as MLPHead.denoise checks them, z in
-    the dtype to compute in, with all noise given. tolerance: by default the dtype's. Compiles a kernel that can stop, at first use.
+    the dtype to compute in, with all noise given. tolerance: by default the dtype's. Compiles a kernel that dumps, at first use.
     """
     w = head.packed("cuda", z.dtype, cuda.Weights)
     tolerance = tolerance or TOLERANCES[z.dtype]
@@ -77,17 +77,17 @@ def first_wrong_phase(
     b = graphs.allocate(cuda.layout(w, shape), z.device)
     cuda.triton.inputs(w, z, table, cfg, 1.0, noise, step_noise)(b)
     modulation = torch.cat([part.clone() for _, part in cuda.triton.modulations(w, shape, b)])
-    stopping = cuda.stopping(z.device)
+    dumping = cuda.dumping(z.device)
     for step, phase, name, expected in phases(w, shape, b, modulation):
         b["x"].copy_(noise)
         b["before"].zero_()
         if phase <= 2 * w.spec.depth:
             found = torch.full_like(expected, torch.nan)
             cuda.launch(
-                w, shape, b, range(len(table)), modulation, stopping, dump=found.data_ptr(), stop_step=step, stop_phase=phase
+                w, shape, b, range(len(table)), modulation, dumping, dump=found.data_ptr(), dump_step=step, dump_phase=phase
             )
         else:
-            cuda.launch(w, shape, b, range(step + 1), modulation[: step + 1], stopping)
+            cuda.launch(w, shape, b, range(step + 1), modulation[: step + 1], dumping)
             found = b["x"]
         error = float((found - expected).norm() / expected.norm())
         if not error < tolerance:

@@ -30,7 +30,7 @@ struct MlpDenoise {
   u32* x;                  // [trajectories][channels], in and out, as the bits of float32
   u32* before;             // the same: the network's output of the step before
   u32* words;              // [groups][3][kRows][width], zero: what blocks tell each other: h (two buffers), u
-  float* dump;             // [rows][width], for DISA_FAST_STOP
+  float* dump;             // [rows][width], for DISA_FAST_DUMP
   u32* gave_up;            // in the host's memory: becomes 1 where the launch gives up
   u64 patience;            // nanoseconds that the launch may take before it gives up, leaving NaN
   int width, depth, channels, steps, trajectories, guided;
@@ -40,8 +40,8 @@ struct MlpDenoise {
   int activations_at, own_at, units_at;  // bytes into shared memory; see mlp_denoise.cuh
   int out_resident;                      // whether the output layer's units stay in shared memory
   int resident;                          // units of the blocks that stay there, of 2*depth*(own tiles)
-  int ring;                              // units that the others stream through
-  int stop_step, stop_phase;
+  int ring;  // units that the others stream through: 0, 1, 2 or 4; not 1 where a block has several tiles
+  int dump_step, dump_phase;
 };
 
 }  // namespace disa_fast::cuda

@@ -87,6 +87,43 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Copies of whole units into shared memory, in the background, whose end a barrier there tells: asked for by the block's last
+// thread at once where the GPU can, else by every thread for its part. Calls the whole block makes; `threads` of it.
+__device__ __forceinline__ void init_barrier(u64* barrier, int threads) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(u32(__cvta_generic_to_shared(barrier))) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(u32(__cvta_generic_to_shared(barrier))), "r"(threads) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy_unit(char* to, const char* from, int bytes, int thread, int threads, u64* barrier) {
+  const u32 address = u32(__cvta_generic_to_shared(barrier));
+#if __CUDA_ARCH__ >= 900
+  if (thread != threads - 1) return;
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   u32(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(bytes), "r"(address)
+               : "memory");
+#else
+  for (int at = 16 * thread; at < bytes; at += 16 * threads) copy_async<16>(to + at, from + at);
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address) : "memory");
+#endif
+}
+
+// Until as many copies of a barrier have ended as make their number's last bit differ from `parity`.
+__device__ __forceinline__ void wait_for_copy(u64* barrier, u32 parity) {
+  u32 ended;
+  do
+    asm volatile("{ .reg .pred ended; mbarrier.test_wait.parity.shared.b64 ended, [%1], %2; selp.u32 %0, 1, 0, ended; }"
+                 : "=r"(ended)
+                 : "r"(u32(__cvta_generic_to_shared(barrier))), "r"(parity)
+                 : "memory");
+  while (!ended);
+}
+
 // The same value, of which the compiler knows nothing: so it cannot compute all that follows from it ahead, and keep it in
 // registers.
 __device__ __forceinline__ int opaque(int value) {

@@ -25,7 +25,7 @@ int host_cuda_offsets(size_t* offsets) {
       AT(scalars),  AT(noise),        AT(philox),   AT(x),         AT(before),    AT(words),          AT(dump),
       AT(gave_up),  AT(patience),     AT(width),    AT(depth),     AT(channels),  AT(steps),          AT(trajectories),
       AT(guided),   AT(first_step),   AT(blocks),   AT(each),      AT(more),      AT(activations_at), AT(own_at),
-      AT(units_at), AT(out_resident), AT(resident), AT(ring),      AT(stop_step), AT(stop_phase),     sizeof(MlpDenoise),
+      AT(units_at), AT(out_resident), AT(resident), AT(ring),      AT(dump_step), AT(dump_phase),     sizeof(MlpDenoise),
 #undef AT
   };
   std::memcpy(offsets, found, sizeof found);

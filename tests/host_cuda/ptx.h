@@ -18,6 +18,8 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <map>
+#include <mutex>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -91,17 +93,24 @@ struct Warp {
   Lanes lanes[2];
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Copies {
+  std::deque<Copy> asked;
+  u32 ended = 0;
+};
+
 struct Block {
   Block(int threads, size_t shared_bytes) : barrier(threads), warps(threads / 32), shared(shared_bytes, char(0xff)) {}
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<char> shared;
-};
-
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
+  std::mutex copying;
+  std::map<u64*, Copies> copies;  // of units, by barrier
 };
 
 struct Here {
@@ -207,6 +216,32 @@ void wait_for_copies() {
   while (groups.size() > kGroups + 1) {
     for (const host::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
     groups.pop_front();
+  }
+}
+
+// As single copies are spoiled when asked for, and filled by whoever waits for them first.
+inline void init_barrier(u64* barrier, int) {
+  const std::lock_guard lock(host::here.block->copying);
+  host::here.block->copies[barrier] = {};
+}
+
+inline void copy_unit(char* to, const char* from, int bytes, int thread, int threads, u64* barrier) {
+  if (thread != threads - 1) return;
+  std::memset(to, 0xff, bytes);
+  const std::lock_guard lock(host::here.block->copying);
+  host::here.block->copies.at(barrier).asked.push_back({to, from, bytes});
+}
+
+inline void wait_for_copy(u64* barrier, u32 parity) {
+  for (;; std::this_thread::yield()) {
+    const std::lock_guard lock(host::here.block->copying);
+    auto& [asked, ended] = host::here.block->copies.at(barrier);
+    if (ended % 2 == parity && !asked.empty()) {
+      std::memcpy(asked.front().to, asked.front().from, asked.front().bytes);
+      asked.pop_front();
+      ++ended;
+    }
+    if (ended % 2 != parity) return;
   }
 }
 
