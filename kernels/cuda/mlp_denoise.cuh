@@ -7,7 +7,8 @@
 // disa_fast/heads/mlp.py and disa_fast/solvers/table.py, with hoists H1 to H6.
 //
 // Every thread block owns tiles of 8 columns of every layer: those weights, which stay in its shared memory as far as they fit
-// and else stream through a ring there, and those columns of h, in float32. Activations go from each to all through level 2.
+// and else stream through a ring there, and those columns of h, in float32. Of several tiles it computes two at a time, so that it
+// reads activations and waits for its threads once for both. Activations go from each to all through level 2.
 // There is no grid barrier. A word says by its two lowest bits which exchange it belongs to, so whoever needs it reads until it is
 // there: one way to level 2 and one back, where data, fence, counter and data again are four. No word is overwritten too early: who
 // has all of an exchange knows that all others have had all of the exchange before it; u has one buffer, with h between two of its
@@ -209,16 +210,15 @@ class Loop {
   __device__ void gather_normalized(u32 exchange, int column) {
     for_rows([&](int row) {
       thread = opaque(thread);
-      const u32* words = h_words(exchange) + row * width();
-      const u16* modulation = modulation_of(row) + column;
-      const auto load_scale = [&](int i) {
-        return load_ahead(reinterpret_cast<const uint2*>(modulation + width() + lane_column(i)));
-      };
+      const u32* words = h_words(exchange) + row * width() + lane_column();
+      const u16* modulation = modulation_of(row) + column + lane_column();
+      u16* into = activations(row) + lane_column();
+      const auto load_scale = [&](int i) { return load_ahead(reinterpret_cast<const uint2*>(modulation + width() + i * kApart)); };
       const auto load_h = [&](int i) { return load_or_lose(words, exchange, i); };
       // Ahead, since they do not depend on h: scale to registers, shift to where the result will be.
       Kept<uint2, kEach> scales;
       Kept<uint4, kEach> h;
-      for_each([&](int i) { copy_async<8>(activations(row) + lane_column(i), modulation + lane_column(i)); });
+      for_each([&](int i) { copy_async<8>(into + i * kApart, modulation + i * kApart); });
       end_group_of_copies();
       scales.fill(load_scale);
       wait_for(words, exchange, h);
@@ -240,7 +240,7 @@ class Loop {
       const float inverse = reciprocal_root(sum_of_warp(squares) * (1.f / width()) + kEps);
       for_each([&](int i) {
         const uint4 w = h.at(i, load_h);
-        uint2& m = *reinterpret_cast<uint2*>(activations(row) + lane_column(i));
+        uint2& m = *reinterpret_cast<uint2*>(into + i * kApart);
         const uint2 shift = m, scale = scales.at(i, load_scale);
         const auto modulated = [&](u32 low, u32 high, u32 scale, u32 shift) {
           return operands((value_of(low) - mean) * inverse * Number::low(scale) + Number::low(shift),
@@ -254,14 +254,15 @@ class Loop {
   // u, rounded
   __device__ void gather_hidden(u32 exchange) {
     for_rows([&](int row) {
-      const u32* words = u_words() + row * width();
+      const u32* words = u_words() + row * width() + lane_column();
       const auto load_u = [&](int i) { return load_or_lose(words, exchange, i); };
+      u16* into = activations(row) + lane_column();
       Kept<uint4, kEach> u;
       wait_for(words, exchange, u);
       for_each([&](int i) {
         const uint4 w = u.at(i, load_u);
         const uint2 m = {operands(value_of(w.x), value_of(w.y)), operands(value_of(w.z), value_of(w.w))};
-        *reinterpret_cast<uint2*>(activations(row) + lane_column(i)) = m;
+        *reinterpret_cast<uint2*>(into + i * kApart) = m;
       });
     });
   }
@@ -285,7 +286,7 @@ class Loop {
   __device__ __forceinline__ void wait_for(const u32* words, u32 exchange, Kept<uint4, kCount>& kept) {
     if constexpr (kCount > 0) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) kept.values[i] = load_words(words + lane_column(i));
+      for (int i = 0; i < kCount; ++i) kept.values[i] = load_words(words + i * kApart);
       for (u32 tries = 1;; ++tries) {
         bool there = true;
 #pragma unroll
@@ -298,11 +299,11 @@ class Loop {
         pause();
 #pragma unroll
         for (int i = 0; i < kCount; ++i)
-          if (!all_of(kept.values[i], exchange)) kept.values[i] = load_words(words + lane_column(i));
+          if (!all_of(kept.values[i], exchange)) kept.values[i] = load_words(words + i * kApart);
       }
     } else {
       for_each([&](int i) {
-        for (u32 tries = 1; !all_of(load_words(words + lane_column(i)), exchange); ++tries) {
+        for (u32 tries = 1; !all_of(load_words(words + i * kApart), exchange); ++tries) {
           if (tries % 64 == 0 && has_given_up()) return;
           pause();
         }
@@ -312,7 +313,7 @@ class Loop {
 
   // Again, after waiting
   __device__ __forceinline__ uint4 load_or_lose(const u32* words, u32 exchange, int i) const {
-    uint4 w = load_words(words + lane_column(i));
+    uint4 w = load_words(words + i * kApart);
     if (!all_of(w, exchange)) w.x = ~0u;
     return w;
   }
@@ -526,8 +527,9 @@ class Loop {
 
   // Where things are ----------------------------------------------------------------------------------------------------------
 
-  static constexpr int kEach = kWidth / 128;  // quadruples of columns that a lane has of a row
-  static_assert(kWidth % 128 == 0, "a warp reads whole rows");
+  static constexpr int kApart = 128;             // columns between a lane's quadruples
+  static constexpr int kEach = kWidth / kApart;  // quadruples of columns that a lane has of a row
+  static_assert(kWidth % kApart == 0, "a warp reads whole rows");
 
   template <class T>
   __device__ __forceinline__ static T* shared(int at) {
@@ -554,7 +556,8 @@ class Loop {
 
   __device__ int width() const { return kWidth ? kWidth : p.width; }
   __device__ int unit_bytes() const { return 16 * width(); }
-  __device__ int lane_column(int i) const { return (i * 32 + lane()) * 4; }
+  // First of a lane's; the others are constants behind it, so that all of them have one address in registers.
+  __device__ int lane_column() const { return lane() * 4; }
 
   template <class F>
   __device__ __forceinline__ void for_each(F f) const {
@@ -562,7 +565,7 @@ class Loop {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) f(i);
     } else {
-      for (int i = 0; lane_column(i) < width(); ++i) f(i);
+      for (int i = 0; lane_column() + i * kApart < width(); ++i) f(i);
     }
   }
 
