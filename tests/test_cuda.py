@@ -310,7 +310,7 @@ MUTATIONS = {
     "a tile has the weights of the one before": ("weights(index + 1)", "units[0]"),
     "shift is not waited for": ("      wait_for_copies<0>();\n      const float inverse", "      const float inverse"),
     "h has one buffer": ("int(exchange % 2)", "0"),
-    "the gate is 1 % too large": ("h += gate * (sum + bias);", "h += 1.01f * gate * (sum + bias);"),
+    "the gate is 1 % too large": ("h += gate[j] * (sum + bias[j]);", "h += 1.01f * gate[j] * (sum + bias[j]);"),
     "half of the sums is left out": ("for (int w = 0; w < kWarps; ++w) sum", "for (int w = 0; w < kWarps / 2; ++w) sum"),
     "the previous output is forgotten": ("      last = o;\n", ""),
     "guidance is turned round": ("cfg * (o - unconditional)", "cfg * (unconditional - o)"),
