@@ -207,12 +207,12 @@ class NoGpu:
 
 
 def compile_cuda(compiler: str, source: Path = cuda.SOURCE, architectures: Iterable[str] = tuple(CUDA_ARCHITECTURES)) -> list[dict]:
-    """What each entry takes on each architecture, and what of it is over the budget; kernels that can stop have none."""
+    """What each entry takes on each architecture, and what of it is over the budget; kernels that dump have none."""
     budget = {name: int(value) for name, value in re.findall(r"constexpr int (kMax\w+) = (\d+);", source.read_text())}
     limits = {"reg": budget["kMaxRegisters"], "stack": budget["kMaxStackBytes"], "shared": budget["kMaxStaticSharedBytes"]}
     compiled = []
     for architecture in architectures:
-        for defines in ((), ("DISA_FAST_STOP",)):
+        for defines in ((), ("DISA_FAST_DUMP",)):
             cubin = CUDA_COMPILERS[compiler].compile_cubin(source, architecture, defines)
             for name, text in re.findall(r"Function (\w+):\n(.*)", _cuobjdump(cubin)):
                 found = _resources(text)

@@ -53,11 +53,13 @@ void bind_cuda(py::module_& m) {
            }),
            py::kw_only(), py::arg("image"), py::arg("device"), "image: a fatbin, a cubin or PTX; device: an index, as torch's.")
       .def("multiprocessors", &cuda::Module::multiprocessors, Unlocked(), "How many may be used, here and under limits of MPS.")
-      .def("shared_bytes", &cuda::Module::shared_bytes, Unlocked(), "The most that a block may have, static and dynamic together.")
+      .def("shared_bytes", &cuda::Module::shared_bytes, Unlocked(), "The most that a block may have, dynamic and static together.")
       .def("architecture", &cuda::Module::architecture, Unlocked(), "90 for compute capability 9.0.")
       .def("resources", &cuda::Module::resources, Unlocked(), py::arg("name"), "What the compiler gave a kernel.")
-      .def("fits", &cuda::Module::fits, Unlocked(), py::kw_only(), py::arg("name"), py::arg("threads"), py::arg("shared_bytes"),
-           "How many blocks can run at once, each with so much dynamic shared memory; 0 if not even one.")
+      .def(
+          "fits", &cuda::Module::fits, Unlocked(), py::kw_only(), py::arg("name"), py::arg("threads"), py::arg("shared_bytes"),
+          "How many blocks can run at once, each with so much dynamic shared memory; 0 if not even one. RuntimeError where a block "
+          "may not have so much.")
       .def(
           "launch",
           [](cuda::Module& module, const std::string& name, const py::bytes& parameters, unsigned grid, unsigned threads,

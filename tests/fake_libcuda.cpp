@@ -29,6 +29,9 @@ struct Function {
   int allowed_shared = 48 << 10;
 };
 
+// Shared memory: of a multiprocessor; of a block at most; what the system keeps of the first for each block; a kernel's own.
+constexpr int kShared = 228 << 10, kBlockShared = 227 << 10, kReserved = 1 << 10, kOwn = 64;
+
 std::mutex mutex;
 std::string calls, reported;
 std::map<std::string, int> failures;
@@ -54,8 +57,10 @@ int uncounted(const char* function) {
 
 extern "C" {
 
-// For the test to set: what the context may use, what a kernel takes, whether launches wait.
+// For the test to set: what the context may use, what a kernel takes, whether launches wait, whether what the system keeps of a
+// block's shared memory is told as the kernel's own.
 int fake_affinity = 0;
+int fake_tells_reserved = 0;
 int fake_parameter_bytes = 0;
 std::atomic<int> fake_hold{0};
 std::atomic<int> fake_held{0};
@@ -110,7 +115,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
       *value = 0;
       break;
     case 97:
-      *value = 227 << 10;
+      *value = kBlockShared;
       break;  // shared memory of a block
     default:
       return INVALID_VALUE;
@@ -158,13 +163,15 @@ int cuModuleGetFunction(Function** function, Module* module, const char* name) {
   return error;
 }
 
+static int static_bytes() { return kOwn + (fake_tells_reserved ? kReserved : 0); }
+
 int cuFuncGetAttribute(int* value, int attribute, Function*) {
   switch (attribute) {
     case 0:
       *value = 512;
       break;  // threads
     case 1:
-      *value = 64;
+      *value = static_bytes();
       break;  // shared memory
     case 3:
       *value = 8;
@@ -179,14 +186,14 @@ int cuFuncGetAttribute(int* value, int attribute, Function*) {
 }
 
 int cuFuncSetAttribute(Function* function, int attribute, int value) {
-  if (attribute != 8 || value > 227 << 10) return INVALID_VALUE;
+  if (attribute != 8 || value < 0 || value + static_bytes() > kBlockShared) return INVALID_VALUE;
   function->allowed_shared = value;
   return called("cuFuncSetAttribute", "%s shared=%d", function->name.c_str(), value);
 }
 
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function* function, int threads, size_t shared_bytes) {
-  const bool allowed = int(shared_bytes) <= function->allowed_shared;
-  *blocks = allowed ? int(std::min<size_t>(2048 / threads, (228 << 10) / (shared_bytes + 1024))) : 0;
+  const bool allowed = threads <= 512 && int(shared_bytes) <= function->allowed_shared;
+  *blocks = allowed ? int(std::min<size_t>(2048 / threads, kShared / (shared_bytes + kOwn + kReserved))) : 0;
   return uncounted("cuOccupancyMaxActiveBlocksPerMultiprocessor");
 }
 
@@ -196,7 +203,7 @@ int cuLaunchCooperativeKernel(Function* function, unsigned grid_x, unsigned grid
   while (fake_hold) std::this_thread::yield();
   if (function->module->context != current) return INVALID_CONTEXT;
   if (int(shared_bytes) > function->allowed_shared) return INVALID_VALUE;
-  if (grid_x > 132 * ((228 << 10) / (shared_bytes + 1024))) return TOO_LARGE;
+  if (grid_x > 132 * (kShared / (shared_bytes + kOwn + kReserved))) return TOO_LARGE;
   const int bytes = fake_parameter_bytes ? fake_parameter_bytes : 4;
   return called("cuLaunchCooperativeKernel", "%s (%u %u %u) x (%u %u %u) shared=%u stream=%#zx '%.*s'", function->name.c_str(),
                 grid_x, grid_y, grid_z, threads_x, threads_y, threads_z, shared_bytes, uintptr_t(stream), bytes,

@@ -27,7 +27,7 @@ def library(launcher: str = "launch.cpp", sources: Path = ROOT / "kernels" / "cu
     """A launcher of tests/host_cuda over the kernels in `sources`. AssertionError with the words of a compiler that fails."""
     built = Path(tempfile.mkdtemp()) / "host_cuda.so"
     flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", "-w"]
-    defines = [f"-DDISA_FAST_WARPS={WARPS}", "-DDISA_FAST_STOP"]
+    defines = [f"-DDISA_FAST_WARPS={WARPS}", "-DDISA_FAST_DUMP"]
     includes = [f"-I{folder}" for folder in (sources, ROOT / "kernels" / "cuda", ROOT / "tests")]
     command = [compiler(), *flags, *defines, *includes, ROOT / "tests" / "host_cuda" / launcher, "-o", built]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -38,30 +38,40 @@ def library(launcher: str = "launch.cpp", sources: Path = ROOT / "kernels" / "cu
 
 
 class HostGpu:
-    """A backends.cuda.Gpu. missing: how many of a grid's last blocks never run. slow: a block that reads what it is told slowly."""
+    """A backends.cuda.Gpu. missing: how many of a grid's last blocks never run. slow: a block that reads what it is told slowly.
+    clock_goes_back: from the start of a launch on."""
 
     warps = WARPS
     origin = "compiled for the processor"
 
     def __init__(
-        self, kernels: Path | None = None, multiprocessors: int = 4, shared_bytes: int = 60_000, missing: int = 0, slow: int = -1
+        self,
+        kernels: Path | None = None,
+        multiprocessors: int = 4,
+        shared_bytes: int = 60_000,
+        missing: int = 0,
+        slow: int = -1,
+        clock_goes_back: bool = False,
     ):
         self.library = library(sources=kernels) if kernels else library()
         self.multiprocessors, self.shared_bytes, self.missing = multiprocessors, shared_bytes, missing
-        self.slow = slow
+        self.slow, self.clock_goes_back = slow, clock_goes_back
+        self.gave_up = torch.zeros(1, dtype=torch.int32)
         self.entries: list[str] = []  # that were launched
 
     def launch(self, entry: str, call: cuda.Call, plan: cuda.Plan) -> None:
         self.entries.append(entry)
         self.library.host_cuda_slow_block(self.slow)
-        self.library.host_cuda_launch(entry.encode(), ctypes.byref(call), plan.grid, plan.shared_bytes, self.missing)
+        self.library.host_cuda_clock_goes_back(self.clock_goes_back)
+        kernel = getattr(self.library, entry)
+        self.library.host_cuda_launch(kernel, ctypes.byref(call), plan.grid, plan.shared_bytes, self.missing)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, gpu: HostGpu) -> None:
     """As what the backend finds on the CPU."""
     found = cuda.gpu
     monkeypatch.setattr(cuda, "gpu", lambda device: gpu if device.type == "cpu" else found(device))
-    monkeypatch.setattr(cuda, "stopping", lambda device: gpu)
+    monkeypatch.setattr(cuda, "dumping", lambda device: gpu)
 
 
 def offsets() -> list[int]:

@@ -1,6 +1,7 @@
 """On a GPU: the persistent CUDA kernel. Its formulas and its waiting are checked without one in test_cuda.py."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from compare import assert_as_good_as, assert_close
 from test_gpu import GPU, call, fitted_head
 
-from disa_fast import MLPHead, Philox, backends, jit, solvers
+from disa_fast import MLPHead, Philox, backends, graphs, jit, solvers
 from disa_fast.backends import cuda, cuda_check, triton
 
 pytestmark = [
@@ -21,13 +22,17 @@ HEADS = [(1024, 6), (1280, 8), (1536, 12), (272, 3)]
 
 
 @functools.cache
+def low_head(width: int, depth: int, dtype: torch.dtype) -> MLPHead:
+    return fitted_head(width, depth, dtype)
+
+
 def bfloat16_head(width: int, depth: int) -> MLPHead:
-    return fitted_head(width, depth, torch.bfloat16)
+    return low_head(width, depth, torch.bfloat16)
 
 
 @functools.cache
-def exact_head(width: int, depth: int) -> MLPHead:
-    parameters = bfloat16_head(width, depth)._net.state_dict()
+def exact_head(width: int, depth: int, dtype: torch.dtype) -> MLPHead:
+    parameters = low_head(width, depth, dtype)._net.state_dict()
     return MLPHead.from_state_dict({name: p.double() for name, p in parameters.items()})
 
 
@@ -48,31 +53,34 @@ def test_it_is_there():
     print(found.origin, found.multiprocessors, found.shared_bytes)
 
 
+@pytest.mark.parametrize("dtype", cuda.SUFFIXES)
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("rows", [2, 8, 14, 16, 34, 64])
 @pytest.mark.parametrize(("width", "depth"), HEADS)
-def test_is_as_good_as_eager(width, depth, rows, cfg):
-    low, exact = bfloat16_head(width, depth), exact_head(width, depth)
+def test_is_as_good_as_eager(width, depth, rows, cfg, dtype):
+    low, exact = low_head(width, depth, dtype), exact_head(width, depth, dtype)
     results = []
     for _ in range(max(1, 120 // rows)):
-        settings = call(rows, 6, cfg)
+        settings = call(rows, 6, cfg, dtype)
         truth = exact.denoise(**{**settings, "z": settings["z"].double()}, backend="reference")
         results.append((run(low, settings), run(low, settings, backend="reference"), truth))
     ours, eager, truth = (torch.cat(parts).cpu() for parts in zip(*results, strict=True))
-    assert_as_good_as(ours, eager, truth, torch.bfloat16)
+    assert_as_good_as(ours, eager, truth, dtype)
 
 
+@pytest.mark.parametrize("dtype", cuda.SUFFIXES)
 @pytest.mark.parametrize(("width", "depth"), HEADS)
-def test_no_phase_is_wrong(width, depth):
+def test_no_phase_is_wrong(width, depth, dtype):
     if jit.why_not() is not None:
-        pytest.skip(f"compiles a kernel that can stop: {jit.why_not()}")
-    settings = call(20, 2, 3.0)
-    assert cuda_check.first_wrong_phase(bfloat16_head(width, depth), **settings) is None
+        pytest.skip(f"compiles a kernel that dumps: {jit.why_not()}")
+    settings = call(20, 2, 3.0, dtype)
+    assert cuda_check.first_wrong_phase(low_head(width, depth, dtype), **settings) is None
 
 
+@pytest.mark.parametrize("dtype", cuda.SUFFIXES)
 @pytest.mark.parametrize(("width", "depth"), HEADS)
-def test_a_row_does_not_depend_on_its_company(width, depth):
-    head, settings = bfloat16_head(width, depth), call(64, 5, 1.0)
+def test_a_row_does_not_depend_on_its_company(width, depth, dtype):
+    head, settings = low_head(width, depth, dtype), call(64, 5, 1.0, dtype)
     together = run(head, settings)
     for some in ([63], [3, 0, 5], list(range(14)), list(range(40))):
         part = {"z": settings["z"][some], "noise": settings["noise"][some], "step_noise": settings["step_noise"][:, some]}
@@ -99,6 +107,40 @@ def test_without_a_graph_and_within_another(head, monkeypatch):
     assert torch.equal(out, expected)
     monkeypatch.setenv("DISA_FAST_GRAPHS", "0")
     assert torch.equal(run(head, settings), expected)
+
+
+def test_giving_up_is_told_at_the_next_call(head):
+    """With a block that is not launched, in a graph too: NaN, then a RuntimeError, then what is right."""
+    settings, w, on = call(8, 5, 3.0), head.packed("cuda", torch.bfloat16, cuda.Weights), cuda.gpu(GPU)
+    expected = run(head, settings)
+    shape = cuda.Shape(2, 8, True, True, *cuda.HOISTS)
+    b = graphs.allocate(cuda.layout(w, shape), GPU)
+    for buffer in b.values():
+        buffer.zero_()
+
+    class WithoutABlock:
+        multiprocessors, shared_bytes, warps, gave_up = on.multiprocessors, on.shared_bytes, on.warps, on.gave_up
+
+        def launch(self, entry: str, call: cuda.Call, plan: cuda.Plan) -> None:
+            on.launch(entry, call, dataclasses.replace(plan, blocks=plan.blocks - 1))
+
+    def give_up() -> None:
+        b["x"].zero_()
+        cuda.launch(w, shape, b, range(2), b["modulation"], WithoutABlock(), patience=1_000_000)
+
+    give_up()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        give_up()
+    for launch in (give_up, graph.replay):
+        on.gave_up.zero_()
+        launch()
+        torch.cuda.synchronize()
+        assert b["x"].isnan().all()
+        with pytest.raises(RuntimeError, match="an earlier call on this GPU gave up"):
+            run(head, settings)
+        assert torch.equal(run(head, settings), expected)
 
 
 def test_several_heads_on_several_streams(head):

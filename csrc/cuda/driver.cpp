@@ -233,8 +233,6 @@ Resources Module::resources(const std::string& name) {
 
 int Module::fits(const std::string& name, unsigned threads, unsigned shared_bytes) {
   const Entered here(context_);
-  const Resources needed = resources(name);
-  if (threads > unsigned(needed.threads) || size_t(needed.shared_bytes) + shared_bytes > size_t(this->shared_bytes())) return 0;
   int blocks = 0;
   const int error = driver().occupancy(&blocks, function(name, shared_bytes).handle, int(threads), shared_bytes);
   if (error != CUDA_SUCCESS)

@@ -14,7 +14,7 @@ namespace disa_fast::cuda {
 struct Resources {
   int registers;
   int local_bytes;   // of a thread, where registers did not do
-  int shared_bytes;  // of a block, static
+  int shared_bytes;  // of a block, static; some drivers may count what the system keeps for itself
   int threads;       // of a block, at most
 };
 
@@ -32,14 +32,15 @@ class Module {
 
   // How many multiprocessors the context may use: all of the device, or what is left of them under a limit of MPS.
   int multiprocessors() const;
-  // The most that a block may have, static and dynamic together.
+  // The most that a block may have, dynamic and what `resources` calls static together.
   int shared_bytes() const;
   // 90, for compute capability 9.0.
   int architecture() const;
 
   Resources resources(const std::string& name);
 
-  // How many blocks can run at once, each with so much dynamic shared memory. 0 if not even one.
+  // How many blocks can run at once, each with so much dynamic shared memory, as the driver counts. 0 if not even one. Throws where
+  // a block may not have so much.
   int fits(const std::string& name, unsigned threads, unsigned shared_bytes);
 
   // A cooperative launch on a CUstream, which may be capturing; does not wait for it. parameters: the kernel's only one. The first

@@ -1,7 +1,8 @@
 """One CUDA kernel for the whole loop on a GPU: all steps in one launch, weights on the chip, for few rows (kernels/cuda).
 
-The hoists of `hoisted`, made by `triton`'s product. Weights, modulation and the operands of the matrix products are in bfloat16,
-all else in float32. A row's bits never depend on the rows beside it. Whole calls are replayed as CUDA graphs, as `triton`'s are.
+The hoists of `hoisted`, made by `triton`'s product. Weights, modulation and the operands of the matrix products are in bfloat16 or
+float16, all else in float32; an operand beyond float16's range is its largest number. A row's bits never depend on the rows beside
+it. Whole calls are replayed as CUDA graphs, as `triton`'s are.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ PREBUILT = PACKAGE / "mlp_denoise.fatbin"
 CROSSOVER = SOURCE.with_name("crossover.json")
 
 MAX_ROWS = 64
-FASTEST_UP_TO = 32  # rows, on a GPU that CROSSOVER does not know
+FASTEST_UP_TO = 16  # rows, on a GPU that CROSSOVER does not know
 WIDTHS = (1024, 1280, 1536)  # that have an entry of their own
-ENTRIES = (*(f"mlp_denoise_{width}" for width in WIDTHS), "mlp_denoise_any")
+SUFFIXES = {torch.bfloat16: "", torch.float16: "_float16"}  # of entries
+ENTRIES = tuple(f"mlp_denoise_{width}{suffix}" for suffix in SUFFIXES.values() for width in (*WIDTHS, "any"))
 COLUMNS, GROUP_ROWS, CHANNELS = 8, 16, 16  # kColumns, kRows, kChannels of mlp_denoise.h
 OUT_TILES = 2 * CHANNELS // COLUMNS
 PAD = 8
-MAX_RING = 4
+PASS = 2  # kPass of mlp_denoise.cuh
+MAX_RING = 2 * PASS
 PATIENCE = 10_000_000_000  # nanoseconds that a launch may take before it gives up, leaving NaN
 
 
@@ -55,11 +58,11 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("units", "bias", "out_bias", "in_weight", "in_bias", "modulation", "table")),
-        *((name, ctypes.c_void_p) for name in ("scalars", "noise", "philox", "x", "before", "words", "dump")),
+        *((name, ctypes.c_void_p) for name in ("scalars", "noise", "philox", "x", "before", "words", "dump", "gave_up")),
         ("patience", ctypes.c_uint64),
         *((name, ctypes.c_int) for name in ("width", "depth", "channels", "steps", "trajectories", "guided", "first_step")),
         *((name, ctypes.c_int) for name in ("blocks", "each", "more", "activations_at", "own_at", "units_at")),
-        *((name, ctypes.c_int) for name in ("out_resident", "resident", "ring", "stop_step", "stop_phase")),
+        *((name, ctypes.c_int) for name in ("out_resident", "resident", "ring", "dump_step", "dump_phase")),
     )
 
 
@@ -84,10 +87,14 @@ class Plan:
 
 
 class Gpu(Protocol):
-    """Where the kernel runs: how many multiprocessors there are, of how much shared memory each, and a way to launch."""
+    """Where the kernel runs: how many multiprocessors there are, of how much shared memory each, and a way to launch.
+
+    gave_up: [1] int32 in the host's memory, of which a launch that gives up makes 1.
+    """
 
     multiprocessors: int
     shared_bytes: int
+    gave_up: Tensor
     warps: int
     origin: str
 
@@ -104,8 +111,8 @@ def refuses(spec: MLPSpec, dtype: torch.dtype, device: torch.device, rows: int, 
         found = gpu(device)  # before all that would not help there, and loading nothing
         if isinstance(found, str):
             return found
-    if dtype != torch.bfloat16:
-        return f"computes in bfloat16, not in {dtype}"
+    if dtype not in SUFFIXES:
+        return f"computes in bfloat16 or float16, not in {dtype}"
     if rows > MAX_ROWS:
         return f"serves up to {MAX_ROWS} rows, not {rows}"
     if spec.in_channels > CHANNELS:
@@ -155,6 +162,7 @@ def denoise(
 ) -> Tensor:
     if len(z) == 0:
         return noise.clone()
+    raise_if_gave_up(gpu(z.device))
     w = head.packed("cuda", z.dtype, Weights)
     philox = step_noise if isinstance(step_noise, Philox) else None
     given = None if philox else step_noise
@@ -174,7 +182,7 @@ def denoise(
     return triton.replayed(w, shape, layout, loop, fill, z, noise)
 
 
-HOISTS = tiles.HEURISTIC["bfloat16"][tiles.FEW], "ieee"  # of the product before the loop: one choice, whatever the rows
+HOISTS = tiles.HEURISTIC["bfloat16"][tiles.FEW], "ieee"  # of the product before the loop: one choice, whatever the rows and type
 
 
 @dataclass(frozen=True)
@@ -199,7 +207,7 @@ class Weights(triton.Weights):
         weight, bias = self.input
         self.in_weight = F.pad(weight.float(), (0, CHANNELS - channels)).contiguous()
         self.in_bias = bias.float()
-        self.entry = f"mlp_denoise_{width if width in WIDTHS else 'any'}"  # one of ENTRIES
+        self.entry = f"mlp_denoise_{width if width in WIDTHS else 'any'}{SUFFIXES[self.units.dtype]}"
 
 
 def fragments(weight: Tensor) -> Tensor:
@@ -238,6 +246,7 @@ def launch(w: Weights, shape: Shape, b: Buffers, steps: range, modulation: Tenso
     call = Call(
         **{name: address(getattr(w, name)) for name in ("units", "bias", "out_bias", "in_weight", "in_bias")},
         **{name: address(b[name]) for name in ("scalars", "philox", "x", "before", "words")},
+        gave_up=address(on.gave_up),
         modulation=address(modulation),
         table=address(b["steps"][steps.start :]),
         noise=address(b["noise"][steps.start :]),
@@ -252,9 +261,20 @@ def launch(w: Weights, shape: Shape, b: Buffers, steps: range, modulation: Tenso
         more=shape.trajectories % plan.groups,
         **{name: getattr(plan, name) for name in ("blocks", "activations_at", "own_at", "units_at")},
         **{name: getattr(plan, name) for name in ("out_resident", "resident", "ring")},
-        **{"patience": PATIENCE, "stop_step": -1, **fields},
+        **{"patience": PATIENCE, "dump_step": -1, **fields},
     )
     on.launch(w.entry, call, plan)
+
+
+def raise_if_gave_up(on: Gpu) -> None:
+    """RuntimeError, once, if a launch before now gave up, a graph's replay or not. Does not wait for launches that still run."""
+    if on.gave_up.item():
+        on.gave_up.zero_()
+        raise RuntimeError(
+            f"backend cuda: an earlier call on this GPU gave up after {PATIENCE / 1e9:g} s and returned NaN: its thread blocks did "
+            "not all run (a limit of MPS, another program, a debugger, a GPU that stood still). Discard what it returned; the "
+            "backends triton and hoisted do not need all blocks at once"
+        )
 
 
 def plan_for(spec: MLPSpec, shape: Shape, on: Gpu) -> Plan | None:
@@ -266,23 +286,25 @@ def plan_for(spec: MLPSpec, shape: Shape, on: Gpu) -> Plan | None:
 def _plan_for(
     width: int, depth: int, trajectories: int, halves: int, multiprocessors: int, shared_bytes: int, warps: int
 ) -> Plan | None:
-    """As few groups as rows and shared memory allow, since every group reads all weights, of as many blocks as there are."""
+    """As few groups as rows and shared memory allow, since every group reads all weights, of as many blocks as shorten a step."""
     for groups in range(-(-trajectories * halves // GROUP_ROWS), min(trajectories, multiprocessors) + 1):
         rows = -(-trajectories // groups) * halves
         if rows > GROUP_ROWS:
             continue
         blocks = min(width // COLUMNS, multiprocessors // groups)
         own_tiles = -(-(width // COLUMNS) // blocks)
+        blocks = -(-(width // COLUMNS) // own_tiles)  # more would read all activations and shorten no block's work
+        at_once = min(PASS, own_tiles)
         tile = GROUP_ROWS * COLUMNS
         # kPartialAt of kernels/cuda/mlp_denoise.cuh, and what it says there of what follows
-        activations_at = 8 * GROUP_ROWS * CHANNELS + 16 + 8 * CHANNELS + min(2, own_tiles) * 4 * warps * tile
+        activations_at = 8 * GROUP_ROWS * CHANNELS + 16 + 8 * MAX_RING + 8 * CHANNELS + at_once * 4 * warps * tile
         own_at = _up(activations_at + 2 * rows * (width + PAD), 16)
         units_at = _up(own_at + 4 * own_tiles * (tile + COLUMNS * (CHANNELS + 2)), 128)
         unit, own = 2 * COLUMNS * width, 2 * depth * own_tiles
         slots = (shared_bytes - units_at) // unit
-        if slots < 1:
+        if slots < at_once:
             continue
-        ring = 0 if slots >= own + OUT_TILES else min(slots, MAX_RING if own_tiles > 1 else 3)
+        ring = 0 if slots >= own + OUT_TILES else 2 * at_once if slots >= 2 * at_once else at_once
         out_resident = int(slots - ring >= OUT_TILES)
         resident = min(own, slots - ring - OUT_TILES * out_resident)
         total = units_at + (OUT_TILES * out_resident + resident + ring) * unit
@@ -331,29 +353,32 @@ def _load(index: int) -> Gpu | str:
 
 
 @functools.cache
-def stopping(device: torch.device) -> Gpu:
-    """The kernel compiled so that it can stop after a phase."""
-    return NvidiaGpu(device, stops=True)
+def dumping(device: torch.device) -> Gpu:
+    """The kernel compiled so that it leaves the outputs of a phase in `dump`."""
+    return NvidiaGpu(device, dumps=True)
 
 
 class NvidiaGpu:
     """The kernel on one GPU: what nvcc compiled with the package, else what NVRTC compiles now.
 
-    stops: compiled so that it can stop after a phase; see cuda_check.first_wrong_phase. RuntimeError if it cannot be had.
+    dumps: compiled so that it leaves a phase's outputs; see cuda_check.first_wrong_phase. RuntimeError if it cannot be had.
     """
 
     warps = 16  # DISA_FAST_WARPS of mlp_denoise.cuh
 
-    def __init__(self, device: torch.device, stops: bool = False) -> None:
+    def __init__(self, device: torch.device, dumps: bool = False) -> None:
         if torch.version.hip:
             raise RuntimeError("is made for NVIDIA GPUs; this is a PyTorch for AMD's")
         if _C is None:
             raise RuntimeError(f"the native core, which launches it, is not part of this installation ({_IMPORT_ERROR})")
         self.device = device
-        self._module, self.origin = _module(device, stops)
+        self._module, self.origin = _module(device, dumps)
+        self.gave_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # which a GPU reaches under its address here
         self.multiprocessors = self._module.multiprocessors()
-        self.shared_bytes = self._module.shared_bytes()
-        for entry in ENTRIES:  # also loads it, which cannot be done while a graph is captured
+        # Asking also loads the kernels, which cannot be done while a graph is captured.
+        static = max(self._module.resources(entry).shared_bytes for entry in ENTRIES)
+        self.shared_bytes = self._module.shared_bytes() - static
+        for entry in ENTRIES:
             if not self._module.fits(name=entry, threads=32 * self.warps, shared_bytes=self.shared_bytes):
                 raise RuntimeError(f"{entry}: not one block fits a multiprocessor")
 
@@ -369,10 +394,10 @@ class NvidiaGpu:
         )
 
 
-def _module(device: torch.device, stops: bool) -> tuple[_C.CudaModule, str]:
+def _module(device: torch.device, dumps: bool) -> tuple[_C.CudaModule, str]:
     """The kernels loaded, and how they were compiled. What nvcc made may be too new for the driver; what NVRTC, which comes with
     PyTorch, makes is not."""
-    if PREBUILT.exists() and not stops:
+    if PREBUILT.exists() and not dumps:
         try:
             return _C.CudaModule(image=PREBUILT.read_bytes(), device=device.index), "compiled by nvcc"
         except RuntimeError as error:
@@ -382,7 +407,7 @@ def _module(device: torch.device, stops: bool) -> tuple[_C.CudaModule, str]:
     why_not = jit.why_not()
     if why_not is not None:
         raise RuntimeError(f"{before}, and NVRTC cannot compile it now: {why_not}")
-    image = jit.compile_cubin(SOURCE, architecture(device), ("DISA_FAST_STOP",) * stops)
+    image = jit.compile_cubin(SOURCE, architecture(device), ("DISA_FAST_DUMP",) * dumps)
     return _C.CudaModule(image=image, device=device.index), "compiled by NVRTC"
 
 

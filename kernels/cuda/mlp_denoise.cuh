@@ -7,7 +7,8 @@
 // disa_fast/heads/mlp.py and disa_fast/solvers/table.py, with hoists H1 to H6.
 //
 // Every thread block owns tiles of 8 columns of every layer: those weights, which stay in its shared memory as far as they fit
-// and else stream through a ring there, and those columns of h, in float32. Activations go from each to all through level 2.
+// and else stream through a ring there, and those columns of h, in float32. Of several tiles it computes two at a time, so that it
+// reads activations and waits for its threads once for both. Activations go from each to all through level 2.
 // There is no grid barrier. A word says by its two lowest bits which exchange it belongs to, so whoever needs it reads until it is
 // there: one way to level 2 and one back, where data, fence, counter and data again are four. No word is overwritten too early: who
 // has all of an exchange knows that all others have had all of the exchange before it; u has one buffer, with h between two of its
@@ -34,18 +35,23 @@ constexpr int kTile = kRows * kColumns;
 constexpr int kPad = 8;  // elements behind a row of activations, so that a matrix is read without bank conflicts
 constexpr int kTokenValues = kRows * kChannels;
 constexpr int kTokenValuesEach = (kTokenValues + kThreads - 1) / kThreads;
-constexpr int kMaxRing = 4;
+constexpr int kPass = 2;  // tiles of a layer that a block computes at once
+constexpr int kTilesAtOnce = kThreads / kTile;
+constexpr int kOutputsEach = (kPass + kTilesAtOnce - 1) / kTilesAtOnce;
+constexpr int kMaxRing = 2 * kPass;
 constexpr float kEps = 1e-6f;
-static_assert(kWarps % kOutTiles == 0 && kThreads >= kTile, "a tile is summed up in one go, the output layer in whole parts");
+static_assert(kWarps % kOutTiles == 0 && kThreads % kTile == 0,
+              "whole tiles are summed up at once, the output layer in whole parts");
 
 // Shared memory of a block: bytes from its start
 constexpr int kStateAt = 0;                             // x [kRows][kChannels]
 constexpr int kBeforeAt = kStateAt + 4 * kTokenValues;  // the same
 constexpr int kClockAt = kBeforeAt + 4 * kTokenValues;  // when the launch began, u64; whether it has given up, u32
-constexpr int kOutBiasAt = kClockAt + 16;               // [2 * kChannels]
+constexpr int kBarriersAt = kClockAt + 16;              // of copies into the ring, [kMaxRing]
+constexpr int kOutBiasAt = kBarriersAt + 8 * kMaxRing;  // [2 * kChannels]
 constexpr int kPartialAt = kOutBiasAt + 8 * kChannels;
-// of sums, [1, or 2 where a block owns several tiles][kWarps][kRows][kColumns]. Then, where the caller says:
-// - p.activations_at: [rows][width + kPad] bfloat16
+// of sums, [kPass, or 1 where a block owns one tile][kWarps][kRows][kColumns]. Then, where the caller says:
+// - p.activations_at: [rows][width + kPad] of 16 bits
 // - p.own_at, kOwn for each of the block's tiles: h [kRows][kColumns], and of the input layer [kColumns][kChannels + 1], [kColumns]
 // - p.units_at: units of weights that stay, first the output layer's; then p.ring for those that stream
 constexpr int kOwn = kTile + kColumns * (kChannels + 1) + kColumns;
@@ -83,8 +89,8 @@ struct Kept<T, 0> {
   }
 };
 
-// kWidth: of the head, or 0 for any multiple of 16.
-template <int kWidth>
+// kWidth: of the head, or 0 for any multiple of 16. Number: of weights, modulation and operands; see ptx.cuh.
+template <int kWidth, class Number>
 class Loop {
  public:
   __device__ explicit Loop(const MlpDenoise& call) : p(call), thread(threadIdx.x) {
@@ -94,21 +100,21 @@ class Loop {
   }
 
   __device__ void run() {
-    load_weights();
     load_state();
+    load_weights();
     __syncthreads();
+    start_ring();
     project_input(0);
+    wait_for_copies<0>();
     for (step = 0; step < p.steps; ++step) {
-      if (stops(0)) return;
       for (int i = 0; i < p.depth; ++i) {
         first_half(i);
-        if (stops(2 * i + 1)) return;
         second_half(i);
-        if (stops(2 * i + 2)) return;
       }
       finish_step();
     }
     store_state();
+    if (thread == 0 && raised(gave_up())) tell_host(p.gave_up);
   }
 
  private:
@@ -117,32 +123,28 @@ class Loop {
   // u = silu(W1 (norm(h) * scale + shift) + b1)
   __device__ void first_half(int i) {
     thread = opaque(thread);
-    const auto ahead = [&](int tile) { return is_output() ? load_ahead(p.bias + 2 * i * width() + column_of(tile)) : 0.f; };
-    float bias = ahead(0);
+    float bias[kOutputsEach];
+    const auto ahead = [&](int j, int tile) { bias[j] = load_ahead(p.bias + 2 * i * width() + column_of(tile)); };
+    for_outputs(0, ahead);
     gather_normalized(h_exchange(i), 3 * i * width());
-    layer(2 * i, [&](int tile, float sum) {
-      const float hidden = sum + bias;
-      publish(u_words(), u_exchange(i), tile, silu(hidden), 2 * i + 1);
-      if (tile + 1 < tiles) bias = ahead(tile + 1);
-    });
+    layer(2 * i, ahead,
+          [&](int j, int tile, float sum) { publish(u_words(), u_exchange(i), tile, silu(sum + bias[j]), 2 * i + 1); });
   }
 
   // h = h + gate * (W2 u + b2)
   __device__ void second_half(int i) {
     thread = opaque(thread);
-    float bias = 0, gate = 0;
-    const auto ahead = [&](int tile) {
-      if (!is_output()) return;
-      bias = load_ahead(p.bias + (2 * i + 1) * width() + column_of(tile));
-      gate = load_ahead_bfloat16(modulation_of(output_row()) + (3 * i + 2) * width() + column_of(tile));
+    float bias[kOutputsEach], gate[kOutputsEach];
+    const auto ahead = [&](int j, int tile) {
+      bias[j] = load_ahead(p.bias + (2 * i + 1) * width() + column_of(tile));
+      gate[j] = Number::low(load_ahead(modulation_of(output_row()) + (3 * i + 2) * width() + column_of(tile)));
     };
-    ahead(0);
+    for_outputs(0, ahead);
     gather_hidden(u_exchange(i));
-    layer(2 * i + 1, [&](int tile, float sum) {
-      float& h = residual(tile)[thread];
-      h += gate * (sum + bias);
+    layer(2 * i + 1, ahead, [&](int j, int tile, float sum) {
+      float& h = residual(tile)[thread % kTile];
+      h += gate[j] * (sum + bias[j]);
       publish(h_words(h_exchange(i + 1)), h_exchange(i + 1), tile, h, 2 * i + 2);
-      if (tile + 1 < tiles) ahead(tile + 1);
     });
   }
 
@@ -160,10 +162,8 @@ class Loop {
                 l1 = load_ahead(row + 4), noisy = load_ahead(row + 5), cfg = load_ahead(p.scalars),
                 temperature = load_ahead(p.scalars + 1);
     const int tile = warp() % kOutTiles;
-    if (p.out_resident)
-      products<kWarps / kOutTiles>(reinterpret_cast<const uint2*>(out_unit(tile)), warp() / kOutTiles, partial(warp()));
-    else
-      products<kWarps / kOutTiles>(p.units + size_t(out_place(tile)) * (unit_bytes() / 8), warp() / kOutTiles, partial(warp()));
+    const uint2* unit = reinterpret_cast<const uint2*>(p.out_resident ? out_unit(tile) : global_unit(out_place(tile)));
+    products<kWarps / kOutTiles, 1>(&unit, warp() / kOutTiles, partial(warp()));
     __syncthreads();
 
 #pragma unroll
@@ -208,19 +208,17 @@ class Loop {
 
   // norm(h) * scale + shift; shift begins at `column` of the modulation, scale a width behind. A warp takes a row.
   __device__ void gather_normalized(u32 exchange, int column) {
-#pragma unroll 1
-    for (int row = warp(); row < rows(); row += kWarps) {
+    for_rows([&](int row) {
       thread = opaque(thread);
-      const u32* words = h_words(exchange) + row * width();
-      const u16* modulation = modulation_of(row) + column;
-      const auto load_scale = [&](int i) {
-        return load_ahead(reinterpret_cast<const uint2*>(modulation + width() + lane_column(i)));
-      };
-      const auto load_h = [&](int i) { return load_or_lose(words, i); };
+      const u32* words = h_words(exchange) + row * width() + lane_column();
+      const u16* modulation = modulation_of(row) + column + lane_column();
+      u16* into = activations(row) + lane_column();
+      const auto load_scale = [&](int i) { return load_ahead(reinterpret_cast<const uint2*>(modulation + width() + i * kApart)); };
+      const auto load_h = [&](int i) { return load_or_lose(words, exchange, i); };
       // Ahead, since they do not depend on h: scale to registers, shift to where the result will be.
       Kept<uint2, kEach> scales;
       Kept<uint4, kEach> h;
-      for_each([&](int i) { copy_async<8>(activations(row) + lane_column(i), modulation + lane_column(i)); });
+      for_each([&](int i) { copy_async<8>(into + i * kApart, modulation + i * kApart); });
       end_group_of_copies();
       scales.fill(load_scale);
       wait_for(words, exchange, h);
@@ -242,121 +240,160 @@ class Loop {
       const float inverse = reciprocal_root(sum_of_warp(squares) * (1.f / width()) + kEps);
       for_each([&](int i) {
         const uint4 w = h.at(i, load_h);
-        uint2& m = *reinterpret_cast<uint2*>(activations(row) + lane_column(i));
+        uint2& m = *reinterpret_cast<uint2*>(into + i * kApart);
         const uint2 shift = m, scale = scales.at(i, load_scale);
-        const auto modulated = [&](u32 word, u32 scale_bits, u32 shift_bits) {
-          return (value_of(word) - mean) * inverse * as_float(scale_bits) + as_float(shift_bits);
+        const auto modulated = [&](u32 low, u32 high, u32 scale, u32 shift) {
+          return operands((value_of(low) - mean) * inverse * Number::low(scale) + Number::low(shift),
+                          (value_of(high) - mean) * inverse * Number::high(scale) + Number::high(shift));
         };
-        m = {pack_bfloat16(modulated(w.x, scale.x << 16, shift.x << 16), modulated(w.y, scale.x & kHigh, shift.x & kHigh)),
-             pack_bfloat16(modulated(w.z, scale.y << 16, shift.y << 16), modulated(w.w, scale.y & kHigh, shift.y & kHigh))};
+        m = {modulated(w.x, w.y, scale.x, shift.x), modulated(w.z, w.w, scale.y, shift.y)};
       });
-    }
+    });
   }
 
   // u, rounded
   __device__ void gather_hidden(u32 exchange) {
-#pragma unroll 1
-    for (int row = warp(); row < rows(); row += kWarps) {
-      const u32* words = u_words() + row * width();
-      const auto load_u = [&](int i) { return load_or_lose(words, i); };
+    for_rows([&](int row) {
+      const u32* words = u_words() + row * width() + lane_column();
+      const auto load_u = [&](int i) { return load_or_lose(words, exchange, i); };
+      u16* into = activations(row) + lane_column();
       Kept<uint4, kEach> u;
       wait_for(words, exchange, u);
       for_each([&](int i) {
         const uint4 w = u.at(i, load_u);
-        const uint2 m = {pack_bfloat16(value_of(w.x), value_of(w.y)), pack_bfloat16(value_of(w.z), value_of(w.w))};
-        *reinterpret_cast<uint2*>(activations(row) + lane_column(i)) = m;
+        const uint2 m = {operands(value_of(w.x), value_of(w.y)), operands(value_of(w.z), value_of(w.w))};
+        *reinterpret_cast<uint2*>(into + i * kApart) = m;
       });
+    });
+  }
+
+  // f(row) for the rows of a warp: one, where there are warps for all.
+  template <class F>
+  __device__ __forceinline__ void for_rows(F f) {
+    if constexpr (kWarps >= kRows) {
+      if (warp() < rows()) f(warp());
+    } else {
+      for (int row = warp(); row < rows(); row += kWarps) f(row);
     }
   }
 
-  // Until all words of a row belong to `exchange`. First a lane's last four alone, so that blocks that wait leave level 2 to
-  // those that write.
+  // Two operands of a product. Beyond the range of float16 they are its largest number: an infinity would turn into NaN further on.
+  __device__ __forceinline__ static u32 operands(float low, float high) { return Number::held(Number::pack(low, high)); }
+
+  // Until all words of a row belong to `exchange`; those that did not are read again. Where the launch gives up one of them becomes
+  // NaN, which spreads from here over the row, and to all blocks.
   template <int kCount>
   __device__ __forceinline__ void wait_for(const u32* words, u32 exchange, Kept<uint4, kCount>& kept) {
     if constexpr (kCount > 0) {
-      wait_for_quadruple(words, exchange, kCount - 1);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) kept.values[i] = load_or_lose(words, i);
+      for (int i = 0; i < kCount; ++i) kept.values[i] = load_words(words + i * kApart);
       for (u32 tries = 1;; ++tries) {
         bool there = true;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) there &= all_of(kept.values[i], exchange);
-        if (there || lost) return;
-        lost = tries % 64 == 0 && has_given_up();
+        if (there) return;
+        if (tries % 64 == 0 && has_given_up()) {
+          kept.values[0].x = ~0u;
+          return;
+        }
         pause();
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) kept.values[i] = load_or_lose(words, i);
+        for (int i = 0; i < kCount; ++i)
+          if (!all_of(kept.values[i], exchange)) kept.values[i] = load_words(words + i * kApart);
       }
     } else {
-      for_each([&](int i) { wait_for_quadruple(words, exchange, i); });
+      for_each([&](int i) {
+        for (u32 tries = 1; !all_of(load_words(words + i * kApart), exchange); ++tries) {
+          if (tries % 64 == 0 && has_given_up()) return;
+          pause();
+        }
+      });
     }
   }
 
-  __device__ __forceinline__ void wait_for_quadruple(const u32* words, u32 exchange, int i) {
-    for (u32 tries = 1; !lost && !all_of(load_words(words + lane_column(i)), exchange); ++tries) {
-      lost = tries % 64 == 0 && has_given_up();
-      pause();
-    }
+  // Again, after waiting
+  __device__ __forceinline__ uint4 load_or_lose(const u32* words, u32 exchange, int i) const {
+    uint4 w = load_words(words + i * kApart);
+    if (!all_of(w, exchange)) w.x = ~0u;
+    return w;
   }
 
-  // NaN once this thread has waited too long, which spreads from here to all blocks.
-  __device__ __forceinline__ uint4 load_or_lose(const u32* words, int i) const {
-    return lost ? uint4{~0u, ~0u, ~0u, ~0u} : load_words(words + lane_column(i));
-  }
-
+  // The clock may be set back meanwhile.
   __device__ bool has_given_up() {
-    if (!raised(gave_up()) && nanoseconds() - *shared<u64>(kClockAt) > p.patience) raise(gave_up());
+    if (!raised(gave_up()) && i64(nanoseconds() - *shared<u64>(kClockAt)) > i64(p.patience)) raise(gave_up());
     return raised(gave_up());
   }
 
   // Products ------------------------------------------------------------------------------------------------------------------
 
-  // store(tile, sum) for each output of the block's tiles of a layer, by the thread of that output. The activations' writers need
-  // not have waited for each other.
-  template <class Store>
-  __device__ __forceinline__ void layer(int number, Store store) {
+  // store(j, tile, sum) for each output of the block's tiles of a layer, by the thread whose j-th of a pass it is. ahead(j, tile):
+  // what `store` needs, asked for before; the caller does so for the first pass. The activations' writers need not have waited for
+  // each other.
+  template <class Ahead, class Store>
+  __device__ __forceinline__ void layer(int number, Ahead ahead, Store store) {
     thread = opaque(thread);
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int index = number * tiles + tile;
-      const bool streams = index >= p.resident;
-      if (streams) wait_for_next_unit();
-      if (streams || tile == 0) __syncthreads();
-      float* sums = partial(tile % 2 * kWarps);
-      products<kWarps>(reinterpret_cast<const uint2*>(streams ? slot(in_use) : unit(index)), warp(), sums + warp() * kTile);
+    for (int first = 0; first < tiles; first += kPass) {
+      const int index = number * tiles + first, count = tiles - first < kPass ? tiles - first : kPass;
+      const uint2* units[kPass];
+      units[0] = weights(index);
+      if (count > 1) units[1] = weights(index + 1);
+      __syncthreads();  // activations are written; sums of the pass before are read
+      if (count > 1)
+        products<kWarps, 2>(units, warp(), partial(warp()));
+      else
+        products<kWarps, 1>(units, warp(), partial(warp()));
       __syncthreads();
-      if (is_output()) {
+      for_outputs(first, [&](int j, int tile) {
+        const float* sums = partial((tile - first) * kWarps) + thread % kTile;
         float sum = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += sums[w * kTile + thread];
-        store(tile, sum);
-      }
-      if (streams) {
-        stream_next_unit(in_use);
-        in_use = in_use + 1 == p.ring ? 0 : in_use + 1;
-      }
+        for (int w = 0; w < kWarps; ++w) sum += sums[w * kTile];
+        store(j, tile, sum);
+      });
+#pragma unroll 1
+      for (int i = index < p.resident ? p.resident : index; i < index + count; ++i) stream(i + p.ring);
+      if (first + kPass < tiles) for_outputs(first + kPass, ahead);
     }
   }
 
-  // Part `part` of kParts of the sums of activations [rows, width] times a unit, by a warp; sums: [kRows][kColumns]. Rows beyond
-  // the group's are the last row again.
-  template <int kParts>
-  __device__ __forceinline__ void products(const uint2* unit, int part, float* sums) {
+  // f(j, tile) for the outputs of the pass from `first` on that are this thread's.
+  template <class F>
+  __device__ __forceinline__ void for_outputs(int first, F f) const {
+#pragma unroll
+    for (int j = 0; j < kOutputsEach; ++j) {
+      const int tile = first + thread / kTile + j * kTilesAtOnce;
+      if (tile < tiles && tile < first + kPass && output_row() < rows()) f(j, tile);
+    }
+  }
+
+  // Part `part` of kParts of the sums of activations [rows, width] times each unit, by a warp; sums: [kRows][kColumns], of the
+  // second unit kWarps behind. Rows beyond the group's are the last row again.
+  template <int kParts, int kUnits>
+  __device__ __forceinline__ void products(const uint2* const* units, int part, float* sums) {
     const int pieces = width() / 16, begin = pieces * part / kParts;
     const int count = pieces % kParts == 0 ? pieces / kParts : pieces * (part + 1) / kParts - begin;
     const int row = lane() % 16 < rows() ? lane() % 16 : rows() - 1;
     const u16* from = activations(row) + lane() / 16 * 8 + begin * 16;
-    unit += begin * 32 + lane();
-    float4 even = {0, 0, 0, 0}, odd = {0, 0, 0, 0};  // two sums, so that an instruction need not wait for the one before
+    const int at = begin * 32 + lane();
+    float4 even[kUnits] = {}, odd[kUnits] = {};  // two sums, so that an instruction need not wait for the one before
+    const auto add = [&](int k, float4(&to)[kUnits]) {
+      const uint4 matrix = load_matrix(from + k * 16);
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) Number::multiply_add(to[i], matrix, units[i][at + k * 32]);
+    };
 #pragma unroll 4
     for (int k = 0; k + 1 < count; k += 2) {
-      multiply_add(even, load_matrix(from + k * 16), unit[k * 32]);
-      multiply_add(odd, load_matrix(from + k * 16 + 16), unit[k * 32 + 32]);
+      add(k, even);
+      add(k + 1, odd);
     }
-    if (count % 2) multiply_add(even, load_matrix(from + count * 16 - 16), unit[count * 32 - 32]);
-    float* to = sums + lane() / 4 * kColumns + lane() % 4 * 2;
-    *reinterpret_cast<float2*>(to) = {even.x + odd.x, even.y + odd.y};
-    *reinterpret_cast<float2*>(to + 8 * kColumns) = {even.z + odd.z, even.w + odd.w};
+    if (count % 2) add(count - 1, even);
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      float* to = sums + i * kWarps * kTile + lane() / 4 * kColumns + lane() % 4 * 2;
+      *reinterpret_cast<float2*>(to) = {even[i].x + odd[i].x, even[i].y + odd[i].y};
+      *reinterpret_cast<float2*>(to + 8 * kColumns) = {even[i].z + odd[i].z, even[i].w + odd[i].w};
+    }
   }
 
   // (o, v) of the final layer: one value of a row, all parts of the sum.
@@ -375,53 +412,52 @@ class Loop {
 
   // Weights -------------------------------------------------------------------------------------------------------------------
 
+  // Those that stay; begins to.
   __device__ void load_weights() {
-    const int own = 2 * p.depth * tiles;
     if (p.out_resident)
-      for (int tile = 0; tile < kOutTiles; ++tile) copy_unit(out_unit(tile), out_place(tile));
-    for (int index = 0; index < p.resident && index < own; ++index) copy_unit(unit(index), place_of(index));
-    end_group_of_copies();
-    to_stream = p.resident;
-    left = p.resident < own ? p.steps * (own - p.resident) : 0;
-    for (int i = 0; i < p.ring; ++i) stream_next_unit(i);
-    wait_for_all_but(p.ring);
-  }
-
-  __device__ void stream_next_unit(int into) {
-    if (left > 0) {
-      copy_unit(slot(into), place_of(to_stream));
-      to_stream = to_stream + 1 == 2 * p.depth * tiles ? p.resident : to_stream + 1;
-      --left;
-    }
+      for (int tile = 0; tile < kOutTiles; ++tile) load_unit(out_unit(tile), out_place(tile));
+    for (int index = 0; index < p.resident && index < own(); ++index) load_unit(unit(index), place_of(index));
     end_group_of_copies();
   }
 
-  __device__ void wait_for_next_unit() { wait_for_all_but(p.ring - 1); }
-
-  __device__ static void wait_for_all_but(int groups) {
-    static_assert(kMaxRing == 4, "one case for each");
-    switch (groups) {
-      case 0:
-        return wait_for_copies<0>();
-      case 1:
-        return wait_for_copies<1>();
-      case 2:
-        return wait_for_copies<2>();
-      case 3:
-        return wait_for_copies<3>();
-      default:
-        return wait_for_copies<4>();
-    }
-  }
-
-  __device__ void copy_unit(char* to, int place) {
-    const char* from = reinterpret_cast<const char*>(p.units) + size_t(place) * unit_bytes();
+  __device__ void load_unit(char* to, int place) {
+    const char* from = global_unit(place);
     for (int at = 16 * thread; at < unit_bytes(); at += 16 * kThreads) copy_async<16>(to + at, from + at);
   }
+
+  // Of the block's unit `index`, which is there once this returns
+  __device__ const uint2* weights(int index) {
+    if (index < p.resident) return reinterpret_cast<const uint2*>(unit(index));
+    const int use = use_of(index);
+    wait_for_copy(barrier(use), use & p.ring ? 1 : 0);
+    return reinterpret_cast<const uint2*>(slot(use));
+  }
+
+  // How many have been in the ring before unit `index` of this step
+  __device__ int use_of(int index) const { return step * (own() - p.resident) + index - p.resident; }
+
+  __device__ void start_ring() {
+    if (p.resident >= own()) return;
+#pragma unroll 1
+    for (int i = 0; i < p.ring; ++i) stream(p.resident + i);
+  }
+
+  // Asks for unit `index`; those beyond the last are of the next steps, if there are so many.
+  __device__ void stream(int index) {
+    const int use = use_of(index);
+    int of = step;
+    for (; index >= own(); index -= own() - p.resident) ++of;
+    if (of < p.steps) copy_unit(slot(use), global_unit(place_of(index)), unit_bytes(), thread, kThreads, barrier(use));
+  }
+
+  __device__ int own() const { return 2 * p.depth * tiles; }
 
   // Of a unit of this block (layer * tiles + tile) among all blocks'.
   __device__ int place_of(int index) const { return index / tiles * (width() / kColumns) + block + index % tiles * p.blocks; }
   __device__ int out_place(int tile) const { return 2 * p.depth * (width() / kColumns) + tile; }
+  __device__ const char* global_unit(int place) const {
+    return reinterpret_cast<const char*>(p.units) + size_t(place) * unit_bytes();
+  }
 
   // State ---------------------------------------------------------------------------------------------------------------------
 
@@ -429,6 +465,8 @@ class Loop {
     if (thread == 0) {
       *gave_up() = 0;
       *shared<u64>(kClockAt) = nanoseconds();
+#pragma unroll 1
+      for (int i = 0; i < p.ring; ++i) init_barrier(barrier(i), kThreads);
     }
     if (thread < 2 * kChannels) shared<float>(kOutBiasAt)[thread] = load_ahead(p.out_bias + thread);
     for (int o = thread; o < kTokenValues; o += kThreads) {
@@ -489,9 +527,9 @@ class Loop {
 
   // Where things are ----------------------------------------------------------------------------------------------------------
 
-  static constexpr int kEach = kWidth / 128;  // quadruples of columns that a lane has of a row
-  static constexpr u32 kHigh = 0xffff0000u;
-  static_assert(kWidth % 128 == 0, "a warp reads whole rows");
+  static constexpr int kApart = 128;             // columns between a lane's quadruples
+  static constexpr int kEach = kWidth / kApart;  // quadruples of columns that a lane has of a row
+  static_assert(kWidth % kApart == 0, "a warp reads whole rows");
 
   template <class T>
   __device__ __forceinline__ static T* shared(int at) {
@@ -507,7 +545,8 @@ class Loop {
   __device__ float* in_bias(int tile) const { return in_weight(tile) + kColumns * (kChannels + 1); }
   __device__ char* out_unit(int tile) const { return shared_memory + p.units_at + tile * unit_bytes(); }
   __device__ char* unit(int index) const { return out_unit(p.out_resident ? kOutTiles : 0) + index * unit_bytes(); }
-  __device__ char* slot(int index) const { return unit(p.resident) + index * unit_bytes(); }
+  __device__ char* slot(int use) const { return unit(p.resident + (use & (p.ring - 1))); }
+  __device__ u64* barrier(int use) const { return shared<u64>(kBarriersAt) + (use & (p.ring - 1)); }
   __device__ u32* h_words(u32 exchange) const { return p.words + (group * 3 + int(exchange % 2)) * kRows * width(); }
   __device__ u32* u_words() const { return p.words + (group * 3 + 2) * kRows * width(); }
 
@@ -517,7 +556,8 @@ class Loop {
 
   __device__ int width() const { return kWidth ? kWidth : p.width; }
   __device__ int unit_bytes() const { return 16 * width(); }
-  __device__ int lane_column(int i) const { return (i * 32 + lane()) * 4; }
+  // First of a lane's; the others are constants behind it, so that all of them have one address in registers.
+  __device__ int lane_column() const { return lane() * 4; }
 
   template <class F>
   __device__ __forceinline__ void for_each(F f) const {
@@ -525,13 +565,12 @@ class Loop {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) f(i);
     } else {
-      for (int i = 0; lane_column(i) < width(); ++i) f(i);
+      for (int i = 0; lane_column() + i * kApart < width(); ++i) f(i);
     }
   }
 
   // Output of a tile that a thread sums up and stores
-  __device__ int output_row() const { return thread / kColumns; }
-  __device__ bool is_output() const { return output_row() < rows(); }
+  __device__ int output_row() const { return thread % kTile / kColumns; }
   __device__ int column_of(int tile) const { return (block + tile * p.blocks) * kColumns + thread % kColumns; }
 
   __device__ int warp() const { return thread / 32; }
@@ -550,14 +589,12 @@ class Loop {
     return p.modulation + (step * all + row_of(row)) * size_t(3 * p.depth + 2) * width();
   }
 
-  // For cuda_check.py: the launch ends after a phase, and leaves its outputs in p.dump.
-#ifdef DISA_FAST_STOP
-  __device__ bool stops(int phase) const { return step == p.stop_step && phase == p.stop_phase; }
+  // For cuda_check.py: the outputs of one phase are left in p.dump.
+#ifdef DISA_FAST_DUMP
   __device__ void dump(int of, int phase, int row, int column, float value) const {
-    if (of == p.stop_step && phase == p.stop_phase) p.dump[row_of(row) * width() + column] = value;
+    if (of == p.dump_step && phase == p.dump_phase) p.dump[row_of(row) * width() + column] = value;
   }
 #else
-  __device__ static bool stops(int) { return false; }
   __device__ static void dump(int, int, int, int, float) {}
 #endif
 
@@ -566,8 +603,6 @@ class Loop {
   int group, block;  // of the grid; of the group
   int tiles;         // that this block owns in every layer
   int step = 0;
-  bool lost = false;                        // whether this thread has waited for too long
-  int in_use = 0, to_stream = 0, left = 0;  // of the ring: slot; unit to stream next, and how many
 };
 
 }  // namespace disa_fast::cuda

@@ -1,6 +1,6 @@
 // The names of kernels/cuda/ptx.cuh in plain C++, for a machine without a GPU: a thread of the system for each of CUDA's, barriers
-// for
-// __syncthreads and for what a warp does together, relaxed atomics for the words between blocks, a loop for the matrix instruction.
+// for __syncthreads and for what a warp does together, relaxed atomics for the words between blocks, a loop for the matrix
+// instruction.
 //
 // A background copy spoils its target when it is asked for, and fills it only when it is waited for: real ones may do either at any
 // time in between. So a copy that comes too early, and a wait that is missing, both show.
@@ -18,6 +18,8 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <map>
+#include <mutex>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -91,17 +93,24 @@ struct Warp {
   Lanes lanes[2];
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Copies {
+  std::deque<Copy> asked;
+  u32 ended = 0;
+};
+
 struct Block {
   Block(int threads, size_t shared_bytes) : barrier(threads), warps(threads / 32), shared(shared_bytes, char(0xff)) {}
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<char> shared;
-};
-
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
+  std::mutex copying;
+  std::map<u64*, Copies> copies;  // of units, by barrier
 };
 
 struct Here {
@@ -114,6 +123,7 @@ inline thread_local Here here;
 
 // For tests of the tests: a line of __syncthreads that does nothing; a block that takes its time to read what others tell it.
 inline int skipped_line = 0, slow_block = -1;
+inline bool clock_goes_back = false;
 
 inline void sync_threads(int line) {
   if (line != skipped_line) here.block->barrier.arrive_and_wait();
@@ -156,13 +166,6 @@ const Lanes& exchanged(Show show) {
   return lanes;
 }
 
-inline float bfloat16(u32 bits) {
-  bits <<= 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 }  // namespace host
 
 // Words that blocks tell each other -------------------------------------------------------------------------------------
@@ -177,10 +180,13 @@ inline u32 load_word(const u32* from) { return std::atomic_ref<u32>(*const_cast<
 
 inline void store_word(u32* to, u32 word) { std::atomic_ref<u32>(*to).store(word, std::memory_order_relaxed); }
 
+inline void tell_host(u32* flag) { std::atomic_ref<u32>(*flag).store(1, std::memory_order_relaxed); }
+
 inline void pause() { std::this_thread::yield(); }
 
 inline u64 nanoseconds() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  const u64 now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return host::clock_goes_back ? ~now : now;
 }
 
 inline void raise(u32* flag) { std::atomic_ref<u32>(*flag).store(1, std::memory_order_relaxed); }
@@ -194,7 +200,7 @@ inline u32 load_acquire(const u32* from) { return std::atomic_ref<u32>(*const_ca
 
 inline float load_ahead(const float* from) { return *from; }
 inline uint2 load_ahead(const uint2* from) { return *from; }
-inline float load_ahead_bfloat16(const u16* from) { return host::bfloat16(*from); }
+inline u16 load_ahead(const u16* from) { return *from; }
 
 template <int kBytes>
 void copy_async(void* to, const void* from) {
@@ -210,6 +216,32 @@ void wait_for_copies() {
   while (groups.size() > kGroups + 1) {
     for (const host::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
     groups.pop_front();
+  }
+}
+
+// As single copies are spoiled when asked for, and filled by whoever waits for them first.
+inline void init_barrier(u64* barrier, int) {
+  const std::lock_guard lock(host::here.block->copying);
+  host::here.block->copies[barrier] = {};
+}
+
+inline void copy_unit(char* to, const char* from, int bytes, int thread, int threads, u64* barrier) {
+  if (thread != threads - 1) return;
+  std::memset(to, 0xff, bytes);
+  const std::lock_guard lock(host::here.block->copying);
+  host::here.block->copies.at(barrier).asked.push_back({to, from, bytes});
+}
+
+inline void wait_for_copy(u64* barrier, u32 parity) {
+  for (;; std::this_thread::yield()) {
+    const std::lock_guard lock(host::here.block->copying);
+    auto& [asked, ended] = host::here.block->copies.at(barrier);
+    if (ended % 2 == parity && !asked.empty()) {
+      std::memcpy(asked.front().to, asked.front().from, asked.front().bytes);
+      asked.pop_front();
+      ++ended;
+    }
+    if (ended % 2 != parity) return;
   }
 }
 
@@ -230,14 +262,6 @@ inline u32 as_bits(float value) {
 }
 
 inline u32 multiply_high(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
-
-inline u32 pack_bfloat16(float low, float high) {
-  const auto round = [](float value) -> u32 {
-    const u32 bits = as_bits(value);
-    return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-  };
-  return round(low) | round(high) << 16;
-}
 
 inline float silu(float value) { return value / (1 + std::exp(-value)); }
 inline float reciprocal_root(float value) { return 1 / std::sqrt(value); }
@@ -264,13 +288,16 @@ inline uint4 load_matrix(const void* row) {
   return {pair(0), pair(1), pair(2), pair(3)};
 }
 
-inline void multiply_add(float4& c, uint4 a, uint2 b) {
+namespace host {
+
+// element(pair, i): of a pair in a word, the one that i's last bit says
+template <class Element>
+void multiply_add(float4& c, uint4 a, uint2 b, Element element) {
   const int lane = host::here.lane;
   const host::Lanes& shown = host::exchanged([=](host::Lanes& lanes) {
     lanes.a[lane] = a;
     lanes.b[lane] = b;
   });
-  const auto element = [](u32 pair, int k) { return host::bfloat16(k % 2 ? pair >> 16 : pair & 0xffff); };
   const auto sum = [&](int row, int column, float value) {
     for (int k = 0; k < 16; ++k) {
       const uint4& rows = shown.a[row % 8 * 4 + k % 8 / 2];
@@ -283,5 +310,46 @@ inline void multiply_add(float4& c, uint4 a, uint2 b) {
   const int row = lane / 4, column = 2 * (lane % 4);
   c = {sum(row, column, c.x), sum(row, column + 1, c.y), sum(row + 8, column, c.z), sum(row + 8, column + 1, c.w)};
 }
+
+}  // namespace host
+
+struct Bfloat16 {
+  static float low(u32 pair) { return as_float(pair << 16); }
+  static float high(u32 pair) { return as_float(pair & 0xffff0000u); }
+  static u32 pack(float low, float high) {
+    const auto round = [](float value) -> u32 {
+      const u32 bits = as_bits(value);
+      return std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    };
+    return round(low) | round(high) << 16;
+  }
+  static u32 held(u32 pair) { return pair; }
+  static void multiply_add(float4& c, uint4 a, uint2 b) {
+    host::multiply_add(c, a, b, [](u32 pair, int i) { return i % 2 ? high(pair) : low(pair); });
+  }
+};
+
+struct Float16 {
+  static float low(u32 pair) {
+    const u16 bits = u16(pair);
+    _Float16 value;
+    std::memcpy(&value, &bits, 2);
+    return float(value);
+  }
+  static float high(u32 pair) { return low(pair >> 16); }
+  static u32 pack(float low, float high) {
+    const _Float16 values[2] = {_Float16(low), _Float16(high)};
+    u32 pair;
+    std::memcpy(&pair, values, 4);
+    return pair;
+  }
+  static u32 held(u32 pair) {
+    const auto hold = [](float value) { return value > 65504 ? 65504.f : value < -65504 ? -65504.f : value; };
+    return pack(hold(low(pair)), hold(high(pair)));
+  }
+  static void multiply_add(float4& c, uint4 a, uint2 b) {
+    host::multiply_add(c, a, b, [](u32 pair, int i) { return i % 2 ? high(pair) : low(pair); });
+  }
+};
 
 }  // namespace disa_fast::cuda
