@@ -34,7 +34,7 @@ class Patience {
 
   // Whether to read again. tries: how often has been read.
   __device__ __forceinline__ bool lasts(u32 tries) {
-    if (tries % 64 == 0 && nanoseconds() - begin > p.patience) {
+    if (tries % 64 == 0 && static_cast<long long>(nanoseconds() - begin) > static_cast<long long>(p.patience)) {
       over = true;
       store_word(p.failed, 1);
     }

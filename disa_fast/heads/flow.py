@@ -21,8 +21,8 @@ from ..checks import describe, is_dense, scalar
 from ..graphs import Graphs
 from ..solvers import StepTable
 from ..transformer import GATED_MLP, PLAIN, Plain
-from .mlp import Draw, TimeTables
-from .packing import Packing, named_tensors, settle
+from .mlp import Draw, TimeTables, without_autocast
+from .packing import Packing, named_tensors, read_here, settle
 
 Context = Mapping[str, Tensor]
 Velocity = Callable[[int, Tensor], Tensor]
@@ -143,7 +143,7 @@ class FlowHead(Packing, ABC):
             if step_noise is not None:
                 step_noise = _trajectories("step_noise", step_noise, like.device, (len(table),), n, rows, size)
             call = FlowCall(context, at, table, guided, cfg, temperature, noise, step_noise, dtype)
-            with torch.autocast(like.device.type, enabled=False):
+            with without_autocast(like.device.type):
                 return backends.BACKENDS[backend].integrate(self, call)
 
 
@@ -225,9 +225,13 @@ def _trajectories(
 # The loop --------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(256)
 def coefficients(table: StepTable, device: torch.device) -> Tensor:
     """[T, 4] float64: a, b, c and the deviation of the noise of every step."""
+    return read_here(_coefficients(table, device))
+
+
+@functools.lru_cache(256)
+def _coefficients(table: StepTable, device: torch.device) -> Tensor:
     with np.errstate(over="ignore"):
         deviation = np.where(table.noisy, np.exp(table.l0 / 2), 0.0)
     packed = torch.from_numpy(np.stack([table.a, table.b, table.c, deviation], axis=1)).to(device)
