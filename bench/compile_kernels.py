@@ -137,8 +137,8 @@ class _NoDevice:
 
 
 def compile_case(case: Case | BlockCase) -> list[dict]:
-    """What each kernel that it launches takes: registers a thread, bytes of stack and of shared memory, seconds to compile; and how
-    often it waits for the kernel before it."""
+    """What each kernel that it launches takes: registers a thread, bytes of stack and of shared memory, seconds to compile. How
+    often it waits for the kernel before it, and how many of its products go on from a sum instead of beginning with zeros."""
     compiled = {}
     run = triton.JITFunction.run
 
@@ -164,6 +164,7 @@ def compile_case(case: Case | BlockCase) -> list[dict]:
             **_resources(_cuobjdump(kernel.asm["cubin"])),
             "shared": kernel.metadata.shared,
             "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
+            "chains": _chains(kernel.asm["ttir"]),
             "seconds": round(seconds, 2),
         }
         for name, kernel, seconds in compiled.values()
@@ -181,6 +182,11 @@ def _cuobjdump(cubin: bytes) -> str:
 
 def _resources(text: str) -> dict[str, int]:
     return {name.lower(): int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED")}
+
+
+def _chains(ttir: str) -> int:
+    zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.", ttir)
+    return sum(begins not in zeros for begins in re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", ttir))
 
 
 # CUDA ------------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,22 @@ def test_dependent_launch_is_in_the_code():
         assert all(kernel["waits"] == int(pdl) for kernel in kernels)
 
 
+CHAINED = """
+from disa_fast.kernels.triton import common
+common.add_product._unsafe_update_src(common.add_product.src.replace(
+    "tl.fma(tl.dot(x, weight, input_precision=PRECISION), 1.0, sums)", "sums + tl.dot(x, weight, input_precision=PRECISION)"))
+"""
+
+
+@pytest.mark.parametrize("before", ["", pytest.param(CHAINED, marks=pytest.mark.slow)], ids=["as it is", "by +"])
+def test_the_compiler_makes_no_chain_of_float32_products(before):
+    """It turns `sums + dot` into a dot that begins with sums, which the interpreter does not do."""
+    probe = PROBE.replace("chosen =", before + "chosen =").replace("bfloat16", "float32").format(change="")
+    kernels = {kernel["kernel"]: kernel for kernel in json.loads(compiler("-W", "ignore", "-c", probe).stdout)}
+    for name in ("adaln_linear_kernel", "gated_residual_kernel", "linear_kernel"):
+        assert kernels[name]["chains"] == int(bool(before))
+
+
 CUDA_PROBE = """
 import json
 from bench.compile_kernels import *

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_as_good_as, assert_close
+from compare import assert_as_good_as, assert_close, errors
 from random_parameters import random_parameters
 from recorded import golden, golden_cases
 from test_mlp_head import run_recorded
@@ -132,6 +132,41 @@ def test_input_projection(dtype, guided, tiles):
     case = Case(18, 80, dtype=dtype, tiles=tiles, guided=guided)
     triton.input_projection(case.w, case.shape, case.b)
     case.check(WORST[dtype], h=case.projected())
+
+
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_float32_is_as_good_as_eager_at_a_published_width(half, monkeypatch):
+    """A library splits long sums; so do these products, by blocks of k. One chain of additions would show."""
+    from disa_fast.kernels.triton import adaln_linear, common
+
+    chosen = tiles.HEURISTIC["float32"][tiles.FEW]
+    chosen = dataclasses.replace(chosen, **{half: dataclasses.replace(getattr(chosen, half), n=256)})  # few programs to interpret
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ours, eager, truth"""
+        torch.manual_seed(0)
+        case = Case(2, 1280, tiles=chosen)
+        results = []
+        for kind in (torch.float32, torch.float64):
+            h, modulation, u = (case.before[name].to(kind) for name in ("h", "modulation", "u"))
+            shift, scale, gate = modulation[0].split(1280, dim=-1)[:3]
+            (w1, b1), (w2, b2) = ((weight.to(kind), bias.to(kind)) for weight, bias in case.w.blocks[0])
+            m = F.layer_norm(h, (1280,), eps=LN_EPS) * scale + shift
+            results.append(F.silu(F.linear(m, w1, b1)) if half == "first" else h + gate * F.linear(u, w2, b2))
+        {"first": triton.first_half, "second": triton.second_half}[half](case.w, case.shape, case.b, case.b["modulation"][0], 0)
+        return case.b["u" if half == "first" else "h"], *results
+
+    ours, eager, truth = run()
+    assert_as_good_as(ours, eager, truth, torch.float32)
+
+    def one_chain(sums, x, weight, precision):
+        return common.tl.dot(x, weight, sums, input_precision=precision)
+
+    for module in (common, adaln_linear):
+        monkeypatch.setattr(module, "add_product", one_chain)
+    (worst, l2), (chained_worst, chained_l2) = errors(ours, truth), errors(run()[0], truth)
+    assert chained_l2 > 1.5 * l2, (l2, chained_l2)
+    assert chained_worst > 1.5 * worst, (worst, chained_worst)
 
 
 @pytest.mark.parametrize("silu", [False, True])

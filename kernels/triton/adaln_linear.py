@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import after_kernel_before, load_statistics, modulated, rounded
+from .common import add_product, after_kernel_before, load_statistics, modulated, rounded
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -30,7 +30,7 @@ def adaln_linear_kernel(
         m = modulated(h_ptr, modulation_ptr + column, r, live, k, mean, deviation, WIDTH, MODULATION, dtype)
         mask = (k < WIDTH)[:, None] & (n < WIDTH)[None, :]
         weight = tl.load(weight_ptr + n[None, :] * WIDTH + k[:, None], mask=mask, other=0.0)
-        sums = tl.dot(m, weight, sums, input_precision=PRECISION)
+        sums = add_product(sums, m, weight, PRECISION)
     sums += tl.load(bias_ptr + n, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
     out = rounded(sums * tl.sigmoid(sums), dtype)
     tl.store(out_ptr + r[:, None] * WIDTH + n[None, :], out, mask=live[:, None] & (n < WIDTH)[None, :])

@@ -56,7 +56,7 @@ _FLOAT32 = {
     64: Tiles(Tile(32, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(1, 256, 256, 8, 2), None, fused=True),
     256: Tiles(Tile(64, 32, 16, 4, 3), Tile(64, 32, 32, 4, 3), Tile(1, 256, 256, 8, 2), None, fused=False),
     1024: Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(16, 128, 32, 4, 3), None, fused=False),
-    1 << 30: Tiles(Tile(128, 64, 16, 8, 3), Tile(128, 64, 16, 8, 3), Tile(16, 128, 32, 4, 3), None, fused=False),
+    1 << 30: Tiles(Tile(128, 64, 16, 8, 2), Tile(128, 64, 16, 8, 3), Tile(16, 128, 32, 4, 3), None, fused=False),
 }
 HEURISTIC = {"float32": _FLOAT32, "bfloat16": _HALF, "float16": _HALF}  # by dtype, by row class
 
