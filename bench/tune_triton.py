@@ -42,14 +42,14 @@ def neighbours(chosen: Tiles) -> Iterator[Tiles]:
     for name in ("first", "second", "step", "modulation"):
         tile = getattr(chosen, name)
         if tile is not None:
-            for other in _changed(tile, least=1 if name == "step" else 16):
+            for other in _changed(tile):
                 yield dataclasses.replace(chosen, **{name: other})
     yield dataclasses.replace(chosen, fused=not chosen.fused)
     yield dataclasses.replace(chosen, pdl=not chosen.pdl)
 
 
-def _changed(tile: Tile, least: int) -> Iterator[Tile]:
-    bounds = {"m": (least, 256), "n": (16, 256), "k": (16, 1024), "warps": (1, 8), "stages": (1, 8)}
+def _changed(tile: Tile) -> Iterator[Tile]:
+    bounds = {"m": (16, 256), "n": (16, 256), "k": (16, 1024), "warps": (1, 8), "stages": (1, 8)}
     for name, (low, high) in bounds.items():
         now = getattr(tile, name)
         for value in (now - 1, now + 1) if name == "stages" else (now // 2, now * 2):

@@ -37,7 +37,13 @@ def test_all_compile_and_none_spills(tmp_path):
                     if (kernel["architecture"], kernel["dtype"], kernel.get("rows")) == (architecture, dtype, min(rows, 2048))
                 ]
                 first = ["adaln_linear_kernel"] if chosen.fused else ["adaln_kernel", "linear_kernel"]
-                assert {"input_projection_kernel", *first, "gated_residual_kernel", "sampler_step_kernel"} <= set(names)
+                assert {
+                    "input_projection_kernel",
+                    *first,
+                    "gated_residual_kernel",
+                    "final_layer_kernel",
+                    "sampler_step_kernel",
+                } <= set(names)
             of_blocks = [k for k in compiled if (k["architecture"], k["dtype"], k.get("head_dim")) == (architecture, dtype, 80)]
             # Modulated, of the stream and of the condition, which in float32 are one; of q, k, v and of q; with a gate and without;
             # of a number of hidden units that 16 divides, and of another.
@@ -70,7 +76,7 @@ def test_dependent_launch_is_in_the_code():
     for pdl in (True, False):
         done = compiler("-W", "ignore", "-c", PROBE.format(change=f"pdl={pdl}"))
         kernels = json.loads(done.stdout)
-        assert len(kernels) == 6
+        assert len(kernels) == 7
         assert all(kernel["waits"] == int(pdl) for kernel in kernels)
 
 

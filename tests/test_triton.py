@@ -21,8 +21,8 @@ from disa_fast.kernels.triton.tiles import Tile, Tiles
 pytestmark = pytest.mark.interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = Tiles(Tile(16, 16, 32, 2, 2), Tile(16, 32, 16, 2, 2), Tile(1, 32, 32, 2, 2), Tile(16, 32, 16, 2, 2), fused=True)
-APART = dataclasses.replace(SMALL, fused=False, step=Tile(16, 64, 16, 2, 2))
+SMALL = Tiles(Tile(16, 16, 32, 2, 2), Tile(16, 32, 16, 2, 2), Tile(16, 32, 32, 2, 1), Tile(16, 32, 16, 2, 2), fused=True)
+APART = dataclasses.replace(SMALL, fused=False, step=Tile(32, 64, 128, 2, 1))
 GUARD = 7.0  # what lies behind every buffer, and must still lie there afterwards
 
 
@@ -103,7 +103,18 @@ def test_second_half(dtype, rows, width):
     case.check(WORST[dtype], h=h)
 
 
-@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["one trajectory", "sixteen"])
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["parts", "one part"])
+@pytest.mark.parametrize(("rows", "width", "channels"), [(2, 64, 16), (6, 48, 5), (34, 80, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_final_layer(dtype, tiles, rows, width, channels):
+    case = Case(rows, width, channels, dtype, tiles)
+    m, (weight, _), k = case.modulated("final_shift", "final_scale"), case.exact.output, tiles.step.k
+    parts = [F.linear(x, w) for x, w in zip(m.split(k, dim=1), weight.split(k, dim=1), strict=True)]
+    triton.final_layer(case.w, case.shape, case.b, case.b["modulation"][0])
+    case.check(WORST[dtype], parts=torch.stack(parts))
+
+
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["parts", "one part"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("noisy", [True, False, None], ids=["noisy", "a step without", "a table without"])
 @pytest.mark.parametrize(
@@ -114,18 +125,36 @@ def test_sampler_step(tiles, guided, noisy, rows, width, channels, dtype):
     for name, value in (("steps", [0.9, -0.7, 0.3, -1.0, 0.5, float(bool(noisy)), 9, 9]), ("scalars", [2.5, 0.8])):
         case.b[name].copy_(torch.tensor(value).expand_as(case.b[name]))
         case.before[name] = case.b[name].double()
-    o, v = F.linear(case.modulated("final_shift", "final_scale"), *case.exact.output).split(channels, dim=-1)
+    o, v = (case.before["parts"].sum(dim=0) + case.exact.output[1]).split(channels, dim=-1)
     if guided:
         (o, o_u), v = o.chunk(2), v.chunk(2)[0]
         o = o_u + 2.5 * (o - o_u)
-    x = 0.9 * case.before["x"] - 0.7 * o + 0.3 * case.before["before"]
+    x = 0.9 * case.before["other_x"] - 0.7 * o + 0.3 * case.before["other_before"]
     if noisy:
         x = x + torch.exp((-1.0 + 0.5 * v) / 2) * case.before["noise"][0] * 0.8
-    triton.sampler_step(case.w, case.shape, case.b, case.b["modulation"][0], 0)
-    case.check(WORST[dtype], x=x, before=o, h=case.projected())
+    triton.sampler_step(case.w, case.shape, case.b, 0)
+    case.check(WORST[torch.float32], x=x, before=o, h=case.projected())
 
 
-@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["one trajectory", "sixteen"])
+def test_a_step_writes_over_nothing_that_it_reads(monkeypatch):
+    """Each program computes the new x. Where it took the place of the old one, those that come later would go on from it."""
+    states = triton._states
+
+    def run() -> None:
+        case = Case(6, 96, guided=True)
+        now, _ = states(case.shape, case.b, 0)
+        triton.sampler_step(case.w, case.shape, case.b, 0)
+        left = case.b["x"] if triton._states is states else now[0]
+        h = F.linear(left.double(), *case.exact.input)
+        assert_close(case.b["h"].double(), torch.cat([h, h]), worst=1e-5 * float(h.abs().max()))
+
+    run()
+    monkeypatch.setattr(triton, "_states", lambda *arguments: (states(*arguments)[0],) * 2)
+    with pytest.raises(AssertionError, match="worst element"):
+        run()
+
+
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["sixteen", "thirty-two"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_input_projection(dtype, guided, tiles):
@@ -220,6 +249,16 @@ def test_float16_stays_finite_where_eager_does_not():
     draws = {"z": torch.randn(4, 32).half(), "table": solvers.dpm_solver(3), "noise": torch.randn(4, 16)}
     assert not head.denoise(backend="reference", **draws).isfinite().all()
     assert head.denoise(backend="triton", **draws).isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_result_is_where_it_is_looked_for_after_any_number_of_steps(steps):
+    sd, z, table = random_parameters(MLPSpec(5, 80, 1, 32), 0), torch.randn(4, 32), solvers.ddpm(steps)
+    exact = MLPHead.from_state_dict({name: tensor.double() for name, tensor in sd.items()})
+    draws = {"cfg": 3.0, "noise": torch.randn(2, 5), "step_noise": torch.randn(steps, 2, 5)}
+    truth = exact.denoise(z.double(), table, backend="reference", **draws)
+    out = MLPHead.from_state_dict(sd).denoise(z, table, backend="triton", **draws)
+    assert_close(out, truth, worst=2e-5 * float(truth.abs().max()))
 
 
 def test_modulation_in_chunks_is_the_same(monkeypatch):
