@@ -72,12 +72,14 @@ def test_a_spill_would_be_seen():
 
 
 def test_dependent_launch_is_in_the_code():
-    """Every kernel waits for the one before it, once, if told to, and otherwise never."""
+    """Every kernel waits for the one before it, once, if told to, and otherwise never; before that it reads nothing, and those that
+    have weights prefetch."""
     for pdl in (True, False):
-        done = compiler("-W", "ignore", "-c", PROBE.format(change=f"pdl={pdl}"))
+        done = compiler("-W", "ignore", "-c", PROBE.format(change=f"pdl={pdl}, prefetch={pdl}"))
         kernels = json.loads(done.stdout)
         assert len(kernels) == 7
-        assert all(kernel["waits"] == int(pdl) for kernel in kernels)
+        assert all((kernel["waits"], kernel["early"]) == (int(pdl), 0) for kernel in kernels)
+        assert all((kernel["prefetches"] > 0) is pdl for kernel in kernels)
 
 
 CHAINED = """

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +213,98 @@ def test_linear(dtype, rows, k, n, silu):
         triton.linear(x, weight, bias, out[:rows], case.shape, tile, silu)
         assert_close(out[:rows].double(), F.silu(expected) if silu else expected, worst=WORST[dtype] * float(expected.abs().max()))
         assert (out[rows:] == GUARD).all()
+
+
+# Dependent launch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[tuple[str, np.ndarray | None]]:
+    """What programs do, in order: "launch" of dependents, "wait", "prefetch" and "load" with addresses. The interpreter by itself
+    knows neither dependent launch nor prefetches."""
+    from triton.language.extra import cuda
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    seen, load = [], InterpreterBuilder.create_masked_load
+
+    def create_inline_asm(self, asm, constraints, values, kinds, is_pure, pack):
+        assert "prefetch" in asm
+        seen.append(("prefetch", values[0].data))
+        result = TensorHandle(np.zeros(values[0].data.shape, np.int32), kinds[0].scalar)
+        return type("Operation", (), {"get_result": lambda self, i: result})()
+
+    def create_masked_load(self, pointers, *rest):
+        seen.append(("load", pointers.data))
+        return load(self, pointers, *rest)
+
+    monkeypatch.setattr(cuda, "gdc_launch_dependents", lambda: seen.append(("launch", None)))
+    monkeypatch.setattr(cuda, "gdc_wait", lambda: seen.append(("wait", None)))
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
+    return seen
+
+
+# What launches, the weights that its programs have in turn, where these are: every kernel of a loop with a first tile for few rows.
+LAUNCHES = {
+    "first half": (lambda c: triton.first_half(c.w, c.shape, c.b, c.b["modulation"][0], 0), lambda w: w.blocks[0][0]),
+    "second half": (lambda c: triton.second_half(c.w, c.shape, c.b, c.b["modulation"][0], 0), lambda w: w.blocks[0][1]),
+    "final layer": (lambda c: triton.final_layer(c.w, c.shape, c.b, c.b["modulation"][0]), lambda w: w.output),
+    "sampler step": (lambda c: triton.sampler_step(c.w, c.shape, c.b, 0), lambda w: w.input),
+    "input projection": (lambda c: triton.input_projection(c.w, c.shape, c.b), lambda w: w.input),
+    "linear": (lambda c: triton.linear(c.b["z"], *c.w.cond, c.b["condition"], c.shape, SMALL.modulation), lambda w: w.cond),
+}
+
+
+def check_dependent_launch(events: list, launch: str) -> None:
+    """Each program lets the next kernel start, asks for weights, waits, and only then reads; together they ask for all weights and
+    nothing else; and the results are those without."""
+    run, layer = LAUNCHES[launch]
+    torch.manual_seed(0)
+    plain = Case(5, 80, 24, torch.bfloat16)
+    run(plain)
+    torch.manual_seed(0)
+    case = Case(5, 80, 24, torch.bfloat16, dataclasses.replace(SMALL, pdl=True, prefetch=True))
+    events.clear()
+    run(case)
+    assert all(torch.equal(case.b[name], plain.b[name]) for name in case.b)
+    whats = [what for what, _ in events]
+    starts = [i for i, what in enumerate(whats) if what == "launch"]
+    assert starts[0] == 0
+    for start, end in zip(starts, [*starts[1:], len(whats)], strict=True):
+        assert whats[start : start + 3] == ["launch", "prefetch", "wait"]
+        assert set(whats[start + 3 : end]) == {"load"}
+    weight = layer(case.w)[0]
+    asked = (
+        np.unique(np.concatenate([at.ravel() for what, at in events if what == "prefetch"])).astype(np.int64) - weight.data_ptr()
+    )
+    assert asked[0] == 0
+    assert np.diff([*asked, weight.nbytes]).max() <= 128
+    assert asked[-1] < weight.nbytes
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_program_waits_before_it_reads_and_asks_for_its_weights_before_it_waits(events, launch):
+    check_dependent_launch(events, launch)
+
+
+@pytest.mark.parametrize("change", ["too late", "too early", "half"])
+def test_a_misplaced_wait_or_prefetch_is_noticed(events, change, monkeypatch):
+    from disa_fast.kernels.triton import adaln_linear
+
+    begin = adaln_linear.prefetching_after_kernel_before
+
+    def changed(weight_ptr, n, k, size_n, size_k, columns, pdl, prefetch):
+        if change == "half":
+            return begin(weight_ptr, n, k, size_n, size_k, 32, pdl, prefetch)
+        if change == "too early":
+            adaln_linear.tl.load(weight_ptr)
+            return begin(weight_ptr, n, k, size_n, size_k, columns, pdl, prefetch)
+        begin(weight_ptr, n, k, size_n, size_k, columns, pdl, False)
+        return begin(weight_ptr, n, k, size_n, size_k, columns, pdl, prefetch)
+
+    monkeypatch.setattr(adaln_linear, "prefetching_after_kernel_before", changed)
+    with pytest.raises(AssertionError):
+        check_dependent_launch(events, "first half")
 
 
 # The whole loop --------------------------------------------------------------------------------------------------------

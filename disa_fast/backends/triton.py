@@ -338,14 +338,16 @@ def _norm(w: Weights, shape: Shape) -> dict[str, int]:
 
 def _blocks(tile: Tile, shape: Shape) -> dict[str, object]:
     sizes = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": shape.precision}
-    return sizes | {"num_warps": tile.warps, "num_stages": tile.stages} | _launch(shape)
+    how = {"num_warps": tile.warps, "num_stages": tile.stages, "PREFETCH": shape.tiles.prefetch}
+    return sizes | how | _launch(shape)
 
 
 def _state(w: Weights, shape: Shape) -> dict[str, object]:
     tile, channels, width = shape.tiles.step, w.spec.in_channels, w.spec.width
     sizes = {"BLOCK_T": tile.m, "BLOCK_C": _columns(channels), "BLOCK_N": max(tile.n, shape.tiles.second.n)}
     sizes |= {"CHANNELS": channels, "WIDTH": width, "TILE": shape.tiles.second.n, "GUIDED": shape.guided}
-    return sizes | {"PRECISION": shape.precision, "num_warps": tile.warps, "num_stages": tile.stages} | _launch(shape)
+    how = {"num_warps": tile.warps, "num_stages": tile.stages, "PREFETCH": shape.tiles.prefetch}
+    return sizes | {"PRECISION": shape.precision} | how | _launch(shape)
 
 
 def _state_grid(w: Weights, shape: Shape) -> tuple[int, int]:

@@ -99,3 +99,23 @@ def after_kernel_before(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetching_after_kernel_before(
+    weight_ptr, n, k, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr
+):
+    """As after_kernel_before. PREFETCH: have COLUMNS columns from k on of rows n of weight [N, K] brought to level 2 meanwhile.
+
+    They may be asked for before the wait since nothing writes weights during the loop.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH:
+            LINE: tl.constexpr = 128 * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
+            lines = k + LINE * tl.arange(0, triton.next_power_of_2((COLUMNS + LINE - 1) // LINE))
+            at = weight_ptr + tl.minimum(n, N - 1)[:, None] * K + tl.minimum(lines, K - 1)[None, :]
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+            )
+        tl.extra.cuda.gdc_wait()

@@ -3,24 +3,25 @@
 import triton
 import triton.language as tl
 
-from .common import add_product, after_kernel_before, load_statistics, modulated
+from .common import add_product, load_statistics, modulated, prefetching_after_kernel_before
 
 
 @triton.jit(do_not_specialize=["rows"])
 def final_layer_kernel(
     h_ptr, stats_ptr, modulation_ptr, weight_ptr, parts_ptr, column, rows, eps,
     WIDTH: tl.constexpr, MODULATION: tl.constexpr, TILE: tl.constexpr, OUTPUTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """parts[j, r] = W[:, k] (norm(h[r]) * scale[r] + shift[r])[k], k the j-th BLOCK_K columns
 
     h, stats, modulation and column as in adaln_linear.py; weight [OUTPUTS, WIDTH], parts [ceil(WIDTH / BLOCK_K), rows, OUTPUTS]
     float32; BLOCK_N is OUTPUTS or more. One program owns BLOCK_M rows of one part.
     """
-    after_kernel_before(PDL)
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    prefetching_after_kernel_before(weight_ptr, n, tl.program_id(1) * BLOCK_K, OUTPUTS, WIDTH, BLOCK_K, PDL, PREFETCH)
     live = r < rows
     mean, deviation = load_statistics(stats_ptr, r, live, eps, WIDTH, TILE)
     dtype: tl.constexpr = weight_ptr.dtype.element_ty

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import after_kernel_before, store_statistics
+from .common import prefetching_after_kernel_before, store_statistics
 
 
 @triton.jit
@@ -35,13 +35,15 @@ def project(
 def input_projection_kernel(
     x_ptr, weight_ptr, bias_ptr, h_ptr, stats_ptr, trajectories,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, GUIDED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """h[t] = W x[t] + bias and its statistics, for both halves under guidance. x [trajectories, CHANNELS] float32.
 
     One program owns [BLOCK_T, BLOCK_N] of h.
     """
-    after_kernel_before(PDL)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetching_after_kernel_before(weight_ptr, n, 0, WIDTH, CHANNELS, CHANNELS, PDL, PREFETCH)
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     live = t < trajectories

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import after_kernel_before
+from .common import prefetching_after_kernel_before
 from .input_projection import project
 
 
@@ -27,7 +27,8 @@ def sampler_step_kernel(
     step_ptr, scalars_ptr, h_ptr, stats_ptr, rows, trajectories,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
     GUIDED: tl.constexpr, NOISY: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One row of a StepTable (disa_fast/solvers/table.py), for trajectories t:
 
@@ -39,7 +40,8 @@ def sampler_step_kernel(
     CHANNELS] float32; step: a, b, c, l0, l1, noisy; scalars: cfg, temperature; both float32. One program owns [BLOCK_T, BLOCK_N]
     of h. Each computes all channels of its next_x, which one of them stores: not over x, which others may still be reading.
     """
-    after_kernel_before(PDL)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetching_after_kernel_before(in_weight_ptr, n, 0, WIDTH, CHANNELS, CHANNELS, PDL, PREFETCH)
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     live = t < trajectories

@@ -29,7 +29,7 @@ class Tile:
 class Tiles:
     """first, second: the two products of a block. step: m rows and k of each part of final_layer, m trajectories and n columns
     of sampler_step. modulation: that product, and cond_embed; None: the library's. fused: adaln_linear instead of adaln and
-    linear. pdl: programmatic dependent launch."""
+    linear. pdl: programmatic dependent launch. prefetch: with it, a program's weights on their way to level 2 while it waits."""
 
     first: Tile
     second: Tile
@@ -37,6 +37,7 @@ class Tiles:
     modulation: Tile | None
     fused: bool
     pdl: bool = False
+    prefetch: bool = False
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Tiles":
