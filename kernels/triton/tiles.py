@@ -47,14 +47,14 @@ class Tiles:
 
 
 _HALF = {
-    FEW: Tiles(Tile(16, 16, 256, 8, 3), Tile(16, 16, 256, 2, 4), Tile(16, 64, 128, 8, 1), Tile(64, 128, 64, 4, 3), fused=True),
+    FEW: Tiles(Tile(16, 16, 256, 8, 3), Tile(16, 16, 256, 4, 4), Tile(16, 64, 128, 8, 1), Tile(64, 128, 64, 4, 3), fused=True),
     64: Tiles(Tile(32, 32, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(16, 64, 128, 8, 1), None, fused=True),
     256: Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 8, 1), None, fused=False),
     1024: Tiles(Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 8, 4), Tile(16, 256, 128, 8, 1), None, fused=False),
     1 << 30: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(16, 256, 128, 8, 1), None, fused=False),
 }
 _FLOAT32 = {
-    FEW: Tiles(Tile(16, 16, 128, 8, 3), Tile(16, 16, 64, 4, 3), Tile(16, 64, 64, 8, 1), Tile(64, 64, 32, 4, 3), fused=True),
+    FEW: Tiles(Tile(16, 16, 128, 8, 3), Tile(16, 16, 64, 8, 3), Tile(16, 64, 64, 8, 1), Tile(64, 64, 32, 4, 3), fused=True),
     64: Tiles(Tile(32, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(16, 64, 64, 8, 1), None, fused=True),
     256: Tiles(Tile(64, 32, 16, 4, 3), Tile(64, 32, 32, 4, 3), Tile(16, 64, 64, 8, 1), None, fused=False),
     1024: Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(32, 128, 128, 8, 1), None, fused=False),
