@@ -108,13 +108,14 @@ class BlockCase:
 
 def shipped(widths: tuple[int, ...] = WIDTHS) -> Iterator[Case]:
     """Every heuristic tile choice for every architecture, with guidance and without, also with programmatic dependent launch where
-    there is such a thing, and every tuned one for Hopper."""
+    there is such a thing, without prefetch and with it, and every tuned one for Hopper."""
     for dtype, by_class in tiles.HEURISTIC.items():
         for (rows, chosen), width, architecture in itertools.product(by_class.items(), widths, ARCHITECTURES):
             for guided in (True, False):
                 yield Case(architecture, dtype, width, min(rows, 2048), chosen, guided)
             if rows == tiles.FEW and architecture != "sm_80":
-                yield Case(architecture, dtype, width, rows, dataclasses.replace(chosen, pdl=True))
+                for prefetch in (False, True):
+                    yield Case(architecture, dtype, width, rows, dataclasses.replace(chosen, pdl=True, prefetch=prefetch))
     for by_dtype in tiles.tuned().values():
         for dtype, by_width in by_dtype.items():
             for width, by_class in by_width.items():
@@ -145,8 +146,9 @@ class _NoDevice:
 
 
 def compile_case(case: Case | BlockCase) -> list[dict]:
-    """What each kernel that it launches takes: registers a thread, bytes of stack and of shared memory, seconds to compile; and how
-    often it waits for the kernel before it."""
+    """What each kernel that it launches takes: registers a thread, bytes of stack and of shared memory, seconds to compile. How
+    often it waits for the kernel before it, what it prefetches and reads before that, and how many of its products go on from a
+    sum instead of beginning with zeros."""
     compiled = {}
     run = triton.JITFunction.run
 
@@ -171,7 +173,8 @@ def compile_case(case: Case | BlockCase) -> list[dict]:
             "kernel": name,
             **_resources(_cuobjdump(kernel.asm["cubin"])),
             "shared": kernel.metadata.shared,
-            "waits": kernel.asm["ptx"].count("griddepcontrol.wait"),
+            **_waits(kernel.asm["ptx"]),
+            "chains": _chains(kernel.asm["ttir"]),
             "seconds": round(seconds, 2),
         }
         for name, kernel, seconds in compiled.values()
@@ -189,6 +192,17 @@ def _cuobjdump(cubin: bytes) -> str:
 
 def _resources(text: str) -> dict[str, int]:
     return {name.lower(): int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED")}
+
+
+def _waits(ptx: str) -> dict[str, int]:
+    before, *after = ptx.split("griddepcontrol.wait")
+    early = len(re.findall(r"\b(?:ld\.global|cp\.async)", before)) if after else 0
+    return {"waits": len(after), "early": early, "prefetches": before.count("prefetch.global.L2") if after else 0}
+
+
+def _chains(ttir: str) -> int:
+    zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.", ttir)
+    return sum(begins not in zeros for begins in re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", ttir))
 
 
 # CUDA ------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Triton's interpreter made to compute as a GPU: bfloat16 rounded to nearest, and sums in an order that rows do not change."""
+"""Triton's interpreter made to compute as a GPU: bfloat16 rounded to nearest, products of float32 added up one by one, and sums in
+an order that rows do not change."""
 
 import numpy as np
 import torch
@@ -28,7 +29,13 @@ def cast_impl(self, source, to):
 
 
 def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """The interpreter would multiply the bits of bfloat16, and leave the order to a BLAS, which has another at its edges."""
+    """The interpreter would multiply the bits of bfloat16, and leave the order to a BLAS, which has another at its edges. A GPU
+    adds up products of float32 one by one, from d on."""
+    if a.dtype.scalar == tl.float32:
+        sums = d.data
+        for column, row in zip(a.data.T.astype(np.float64), b.data.astype(np.float64), strict=True):
+            sums = (column[:, None] * row + sums).astype(np.float32)
+        return TensorHandle(sums, d.dtype.scalar)
     a, b = (_from_bits(x.data) if x.dtype.scalar == tl.bfloat16 else x.data.astype(np.float32) for x in (a, b))
     products = a[:, None, :] * np.ascontiguousarray(b.T)[None]
     return TensorHandle(products.sum(axis=2) + d.data, d.dtype.scalar)

@@ -37,7 +37,13 @@ def test_all_compile_and_none_spills(tmp_path):
                     if (kernel["architecture"], kernel["dtype"], kernel.get("rows")) == (architecture, dtype, min(rows, 2048))
                 ]
                 first = ["adaln_linear_kernel"] if chosen.fused else ["adaln_kernel", "linear_kernel"]
-                assert {"input_projection_kernel", *first, "gated_residual_kernel", "sampler_step_kernel"} <= set(names)
+                assert {
+                    "input_projection_kernel",
+                    *first,
+                    "gated_residual_kernel",
+                    "final_layer_kernel",
+                    "sampler_step_kernel",
+                } <= set(names)
             of_blocks = [k for k in compiled if (k["architecture"], k["dtype"], k.get("head_dim")) == (architecture, dtype, 80)]
             # The sum with a gate, modulated and by a weight, the sum without one, no sum, and that of the condition; q, k and v,
             # q, k and v; a number of hidden units that 16 divides, and another; steps guided, not, and not beside such as are,
@@ -67,12 +73,30 @@ def test_a_spill_would_be_seen():
 
 
 def test_dependent_launch_is_in_the_code():
-    """Every kernel waits for the one before it, once, if told to, and otherwise never."""
+    """Every kernel waits for the one before it, once, if told to, and otherwise never; before that it reads nothing, and those that
+    have weights prefetch."""
     for pdl in (True, False):
-        done = compiler("-W", "ignore", "-c", PROBE.format(change=f"pdl={pdl}"))
+        done = compiler("-W", "ignore", "-c", PROBE.format(change=f"pdl={pdl}, prefetch={pdl}"))
         kernels = json.loads(done.stdout)
-        assert len(kernels) == 6
-        assert all(kernel["waits"] == int(pdl) for kernel in kernels)
+        assert len(kernels) == 7
+        assert all((kernel["waits"], kernel["early"]) == (int(pdl), 0) for kernel in kernels)
+        assert all((kernel["prefetches"] > 0) is pdl for kernel in kernels)
+
+
+CHAINED = """
+from disa_fast.kernels.triton import common
+common.add_product._unsafe_update_src(common.add_product.src.replace(
+    "tl.fma(tl.dot(x, weight, input_precision=PRECISION), 1.0, sums)", "sums + tl.dot(x, weight, input_precision=PRECISION)"))
+"""
+
+
+@pytest.mark.parametrize("before", ["", pytest.param(CHAINED, marks=pytest.mark.slow)], ids=["as it is", "by +"])
+def test_the_compiler_makes_no_chain_of_float32_products(before):
+    """It turns `sums + dot` into a dot that begins with sums, which the interpreter does not do."""
+    probe = PROBE.replace("chosen =", before + "chosen =").replace("bfloat16", "float32").format(change="")
+    kernels = {kernel["kernel"]: kernel for kernel in json.loads(compiler("-W", "ignore", "-c", probe).stdout)}
+    for name in ("adaln_linear_kernel", "gated_residual_kernel", "linear_kernel"):
+        assert kernels[name]["chains"] == int(bool(before))
 
 
 CUDA_PROBE = """

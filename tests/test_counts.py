@@ -299,7 +299,7 @@ def launches_of_a_graph(weights: triton.Weights, run) -> Counter:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize(("steps", "chunks"), [(4, 1), (4, 4), (5, 1)])
 @pytest.mark.parametrize(
     ("rows", "block", "products"),
     [
@@ -308,19 +308,19 @@ def launches_of_a_graph(weights: triton.Weights, run) -> Counter:
         (130, ["adaln", "linear", "gated_residual"], "addmm"),
     ],
 )
-def test_launches_of_a_call_on_triton(launched, monkeypatch, rows, block, products, chunks):
-    """Two a block and one a step, 17 a step of MAR-L's 8 blocks (of many rows three a block); before the loop three, and three for
-    each chunk of modulation."""
-    head, steps, depth = mlp_head(depth=3), 4, 3
+def test_launches_of_a_call_on_triton(launched, monkeypatch, rows, block, products, steps, chunks):
+    """Two a block and two a step, 18 a step of MAR-L's 8 blocks (of many rows three a block); before the loop three, for an odd
+    number of steps four, and three for each chunk of modulation."""
+    head, depth = mlp_head(depth=3), 3
     if chunks > 1:
         monkeypatch.setattr(triton, "MODULATION_BYTES", 1)
     settings = mlp_call(head, rows, 3.0, steps, backend="triton")
     operators = launches_of_a_graph(weights_of(head, "triton"), lambda: head.denoise(**settings))
     expected = Counter({"zero_": 1, "input_projection": 1, products: 1})
     expected.update({"add": chunks, "silu_": chunks, products: chunks})
-    expected.update(dict.fromkeys(block, steps * depth) | {"sampler_step": steps})
+    expected.update(dict.fromkeys(block, steps * depth) | {"final_layer": steps, "sampler_step": steps, "copy_": steps % 2})
     assert launched + operators == expected
-    assert expected.total() == steps * (len(block) * depth + 1) + 3 + 3 * chunks
+    assert expected.total() == steps * (len(block) * depth + 2) + 3 + steps % 2 + 3 * chunks
 
 
 @pytest.mark.interpreter
@@ -366,7 +366,8 @@ def test_launches_and_captures_of_an_image_by_mar(launched, counting_gpu, backen
     if backend == "cuda":
         assert launched == {"mlp_denoise_any": 64, "linear": 2 * 64}
         return
-    loop = {"adaln_linear": 2 * evaluations, "gated_residual": 2 * evaluations, "sampler_step": evaluations}
+    loop = dict.fromkeys(("adaln_linear", "gated_residual"), 2 * evaluations)
+    loop |= dict.fromkeys(("final_layer", "sampler_step"), evaluations)
     assert launched == loop | {"input_projection": 64, "linear": 2 * sum(rows <= tiles.FEW for rows in buckets)}
 
 

@@ -238,8 +238,8 @@ def test_dependent_launch_changes_no_bit(head):
     w, results = head.packed("triton", torch.bfloat16, triton.Weights), []
     settings = call(14, 10, 3.0)
     times, steps = w.time_table(settings["table"]), w.step_table(settings["table"])
-    for pdl in (False, True, True, True):
-        tiles = dataclasses.replace(triton.tiles.choose(w.gpu, "bfloat16", 256, 14), pdl=pdl)
+    for pdl, prefetch in ((False, False), (True, False), (True, False), (True, True), (True, True)):
+        tiles = dataclasses.replace(triton.tiles.choose(w.gpu, "bfloat16", 256, 14), pdl=pdl, prefetch=prefetch)
         shape = triton.Shape(10, 14, True, True, tiles, "ieee")
         b = graphs.allocate(triton.layout(w, shape), GPU)
         for name, tensor in (("z", settings["z"]), ("times", times), ("steps", steps), ("x", settings["noise"])):

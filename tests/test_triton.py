@@ -4,10 +4,11 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_as_good_as, assert_close
+from compare import assert_as_good_as, assert_close, errors
 from random_parameters import random_parameters
 from recorded import golden, golden_cases
 from test_mlp_head import run_recorded
@@ -21,8 +22,8 @@ from disa_fast.kernels.triton.tiles import Tile, Tiles
 pytestmark = pytest.mark.interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALL = Tiles(Tile(16, 16, 32, 2, 2), Tile(16, 32, 16, 2, 2), Tile(1, 32, 32, 2, 2), Tile(16, 32, 16, 2, 2), fused=True)
-APART = dataclasses.replace(SMALL, fused=False, step=Tile(16, 64, 16, 2, 2))
+SMALL = Tiles(Tile(16, 16, 32, 2, 2), Tile(16, 32, 16, 2, 2), Tile(16, 32, 32, 2, 1), Tile(16, 32, 16, 2, 2), fused=True)
+APART = dataclasses.replace(SMALL, fused=False, step=Tile(32, 64, 128, 2, 1))
 GUARD = 7.0  # what lies behind every buffer, and must still lie there afterwards
 
 
@@ -103,7 +104,18 @@ def test_second_half(dtype, rows, width):
     case.check(WORST[dtype], h=h)
 
 
-@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["one trajectory", "sixteen"])
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["parts", "one part"])
+@pytest.mark.parametrize(("rows", "width", "channels"), [(2, 64, 16), (6, 48, 5), (34, 80, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_final_layer(dtype, tiles, rows, width, channels):
+    case = Case(rows, width, channels, dtype, tiles)
+    m, (weight, _), k = case.modulated("final_shift", "final_scale"), case.exact.output, tiles.step.k
+    parts = [F.linear(x, w) for x, w in zip(m.split(k, dim=1), weight.split(k, dim=1), strict=True)]
+    triton.final_layer(case.w, case.shape, case.b, case.b["modulation"][0])
+    case.check(WORST[dtype], parts=torch.stack(parts))
+
+
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["parts", "one part"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("noisy", [True, False, None], ids=["noisy", "a step without", "a table without"])
 @pytest.mark.parametrize(
@@ -114,24 +126,77 @@ def test_sampler_step(tiles, guided, noisy, rows, width, channels, dtype):
     for name, value in (("steps", [0.9, -0.7, 0.3, -1.0, 0.5, float(bool(noisy)), 9, 9]), ("scalars", [2.5, 0.8])):
         case.b[name].copy_(torch.tensor(value).expand_as(case.b[name]))
         case.before[name] = case.b[name].double()
-    o, v = F.linear(case.modulated("final_shift", "final_scale"), *case.exact.output).split(channels, dim=-1)
+    o, v = (case.before["parts"].sum(dim=0) + case.exact.output[1]).split(channels, dim=-1)
     if guided:
         (o, o_u), v = o.chunk(2), v.chunk(2)[0]
         o = o_u + 2.5 * (o - o_u)
-    x = 0.9 * case.before["x"] - 0.7 * o + 0.3 * case.before["before"]
+    x = 0.9 * case.before["other_x"] - 0.7 * o + 0.3 * case.before["other_before"]
     if noisy:
         x = x + torch.exp((-1.0 + 0.5 * v) / 2) * case.before["noise"][0] * 0.8
-    triton.sampler_step(case.w, case.shape, case.b, case.b["modulation"][0], 0)
-    case.check(WORST[dtype], x=x, before=o, h=case.projected())
+    triton.sampler_step(case.w, case.shape, case.b, 0)
+    case.check(WORST[torch.float32], x=x, before=o, h=case.projected())
 
 
-@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["one trajectory", "sixteen"])
+def test_a_step_writes_over_nothing_that_it_reads(monkeypatch):
+    """Each program computes the new x. Where it took the place of the old one, those that come later would go on from it."""
+    states = triton._states
+
+    def run() -> None:
+        case = Case(6, 96, guided=True)
+        now, _ = states(case.shape, case.b, 0)
+        triton.sampler_step(case.w, case.shape, case.b, 0)
+        left = case.b["x"] if triton._states is states else now[0]
+        h = F.linear(left.double(), *case.exact.input)
+        assert_close(case.b["h"].double(), torch.cat([h, h]), worst=1e-5 * float(h.abs().max()))
+
+    run()
+    monkeypatch.setattr(triton, "_states", lambda *arguments: (states(*arguments)[0],) * 2)
+    with pytest.raises(AssertionError, match="worst element"):
+        run()
+
+
+@pytest.mark.parametrize("tiles", [SMALL, APART], ids=["sixteen", "thirty-two"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_input_projection(dtype, guided, tiles):
     case = Case(18, 80, dtype=dtype, tiles=tiles, guided=guided)
     triton.input_projection(case.w, case.shape, case.b)
     case.check(WORST[dtype], h=case.projected())
+
+
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_float32_is_as_good_as_eager_at_a_published_width(half, monkeypatch):
+    """A library splits long sums; so do these products, by blocks of k. One chain of additions would show."""
+    from disa_fast.kernels.triton import adaln_linear, common
+
+    chosen = tiles.HEURISTIC["float32"][tiles.FEW]
+    chosen = dataclasses.replace(chosen, **{half: dataclasses.replace(getattr(chosen, half), n=256)})  # few programs to interpret
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ours, eager, truth"""
+        torch.manual_seed(0)
+        case = Case(2, 1280, tiles=chosen)
+        results = []
+        for kind in (torch.float32, torch.float64):
+            h, modulation, u = (case.before[name].to(kind) for name in ("h", "modulation", "u"))
+            shift, scale, gate = modulation[0].split(1280, dim=-1)[:3]
+            (w1, b1), (w2, b2) = ((weight.to(kind), bias.to(kind)) for weight, bias in case.w.blocks[0])
+            m = F.layer_norm(h, (1280,), eps=LN_EPS) * scale + shift
+            results.append(F.silu(F.linear(m, w1, b1)) if half == "first" else h + gate * F.linear(u, w2, b2))
+        {"first": triton.first_half, "second": triton.second_half}[half](case.w, case.shape, case.b, case.b["modulation"][0], 0)
+        return case.b["u" if half == "first" else "h"], *results
+
+    ours, eager, truth = run()
+    assert_as_good_as(ours, eager, truth, torch.float32)
+
+    def one_chain(sums, x, weight, precision):
+        return common.tl.dot(x, weight, sums, input_precision=precision)
+
+    for module in (common, adaln_linear):
+        monkeypatch.setattr(module, "add_product", one_chain)
+    (worst, l2), (chained_worst, chained_l2) = errors(ours, truth), errors(run()[0], truth)
+    assert chained_l2 > 1.5 * l2, (l2, chained_l2)
+    assert chained_worst > 1.5 * worst, (worst, chained_worst)
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -148,6 +213,98 @@ def test_linear(dtype, rows, k, n, silu):
         triton.linear(x, weight, bias, out[:rows], case.shape, tile, silu)
         assert_close(out[:rows].double(), F.silu(expected) if silu else expected, worst=WORST[dtype] * float(expected.abs().max()))
         assert (out[rows:] == GUARD).all()
+
+
+# Dependent launch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[tuple[str, np.ndarray | None]]:
+    """What programs do, in order: "launch" of dependents, "wait", "prefetch" and "load" with addresses. The interpreter by itself
+    knows neither dependent launch nor prefetches."""
+    from triton.language.extra import cuda
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    seen, load = [], InterpreterBuilder.create_masked_load
+
+    def create_inline_asm(self, asm, constraints, values, kinds, is_pure, pack):
+        assert "prefetch" in asm
+        seen.append(("prefetch", values[0].data))
+        result = TensorHandle(np.zeros(values[0].data.shape, np.int32), kinds[0].scalar)
+        return type("Operation", (), {"get_result": lambda self, i: result})()
+
+    def create_masked_load(self, pointers, *rest):
+        seen.append(("load", pointers.data))
+        return load(self, pointers, *rest)
+
+    monkeypatch.setattr(cuda, "gdc_launch_dependents", lambda: seen.append(("launch", None)))
+    monkeypatch.setattr(cuda, "gdc_wait", lambda: seen.append(("wait", None)))
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
+    return seen
+
+
+# What launches, the weights that its programs have in turn, where these are: every kernel of a loop with a first tile for few rows.
+LAUNCHES = {
+    "first half": (lambda c: triton.first_half(c.w, c.shape, c.b, c.b["modulation"][0], 0), lambda w: w.blocks[0][0]),
+    "second half": (lambda c: triton.second_half(c.w, c.shape, c.b, c.b["modulation"][0], 0), lambda w: w.blocks[0][1]),
+    "final layer": (lambda c: triton.final_layer(c.w, c.shape, c.b, c.b["modulation"][0]), lambda w: w.output),
+    "sampler step": (lambda c: triton.sampler_step(c.w, c.shape, c.b, 0), lambda w: w.input),
+    "input projection": (lambda c: triton.input_projection(c.w, c.shape, c.b), lambda w: w.input),
+    "linear": (lambda c: triton.linear(c.b["z"], *c.w.cond, c.b["condition"], c.shape, SMALL.modulation), lambda w: w.cond),
+}
+
+
+def check_dependent_launch(events: list, launch: str) -> None:
+    """Each program lets the next kernel start, asks for weights, waits, and only then reads; together they ask for all weights and
+    nothing else; and the results are those without."""
+    run, layer = LAUNCHES[launch]
+    torch.manual_seed(0)
+    plain = Case(5, 80, 24, torch.bfloat16)
+    run(plain)
+    torch.manual_seed(0)
+    case = Case(5, 80, 24, torch.bfloat16, dataclasses.replace(SMALL, pdl=True, prefetch=True))
+    events.clear()
+    run(case)
+    assert all(torch.equal(case.b[name], plain.b[name]) for name in case.b)
+    whats = [what for what, _ in events]
+    starts = [i for i, what in enumerate(whats) if what == "launch"]
+    assert starts[0] == 0
+    for start, end in zip(starts, [*starts[1:], len(whats)], strict=True):
+        assert whats[start : start + 3] == ["launch", "prefetch", "wait"]
+        assert set(whats[start + 3 : end]) == {"load"}
+    weight = layer(case.w)[0]
+    asked = (
+        np.unique(np.concatenate([at.ravel() for what, at in events if what == "prefetch"])).astype(np.int64) - weight.data_ptr()
+    )
+    assert asked[0] == 0
+    assert np.diff([*asked, weight.nbytes]).max() <= 128
+    assert asked[-1] < weight.nbytes
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_program_waits_before_it_reads_and_asks_for_its_weights_before_it_waits(events, launch):
+    check_dependent_launch(events, launch)
+
+
+@pytest.mark.parametrize("change", ["too late", "too early", "half"])
+def test_a_misplaced_wait_or_prefetch_is_noticed(events, change, monkeypatch):
+    from disa_fast.kernels.triton import adaln_linear
+
+    begin = adaln_linear.prefetching_after_kernel_before
+
+    def changed(weight_ptr, n, k, size_n, size_k, columns, pdl, prefetch):
+        if change == "half":
+            return begin(weight_ptr, n, k, size_n, size_k, 32, pdl, prefetch)
+        if change == "too early":
+            adaln_linear.tl.load(weight_ptr)
+            return begin(weight_ptr, n, k, size_n, size_k, columns, pdl, prefetch)
+        begin(weight_ptr, n, k, size_n, size_k, columns, pdl, False)
+        return begin(weight_ptr, n, k, size_n, size_k, columns, pdl, prefetch)
+
+    monkeypatch.setattr(adaln_linear, "prefetching_after_kernel_before", changed)
+    with pytest.raises(AssertionError):
+        check_dependent_launch(events, "first half")
 
 
 # The whole loop --------------------------------------------------------------------------------------------------------
@@ -185,6 +342,16 @@ def test_float16_stays_finite_where_eager_does_not():
     draws = {"z": torch.randn(4, 32).half(), "table": solvers.dpm_solver(3), "noise": torch.randn(4, 16)}
     assert not head.denoise(backend="reference", **draws).isfinite().all()
     assert head.denoise(backend="triton", **draws).isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_result_is_where_it_is_looked_for_after_any_number_of_steps(steps):
+    sd, z, table = random_parameters(MLPSpec(5, 80, 1, 32), 0), torch.randn(4, 32), solvers.ddpm(steps)
+    exact = MLPHead.from_state_dict({name: tensor.double() for name, tensor in sd.items()})
+    draws = {"cfg": 3.0, "noise": torch.randn(2, 5), "step_noise": torch.randn(steps, 2, 5)}
+    truth = exact.denoise(z.double(), table, backend="reference", **draws)
+    out = MLPHead.from_state_dict(sd).denoise(z, table, backend="triton", **draws)
+    assert_close(out, truth, worst=2e-5 * float(truth.abs().max()))
 
 
 def test_modulation_in_chunks_is_the_same(monkeypatch):

@@ -1,4 +1,4 @@
-"""Triton kernels on a GPU: two a block and one a step (kernels/triton), replayed as a CUDA graph for each shape of a call.
+"""Triton kernels on a GPU: two a block and two a step (kernels/triton), replayed as a CUDA graph for each shape of a call.
 
 The hoists of `hoisted`. Accumulation, residual stream, statistics of the layer norms and state are float32; weights, modulation and
 the operands of the matrix products are in the dtype asked for. Up to tiles.FEW rows, and under batch_invariant, a row's bits do
@@ -29,6 +29,7 @@ try:
 
     from ..kernels.triton.adaln import adaln_kernel
     from ..kernels.triton.adaln_linear import adaln_linear_kernel
+    from ..kernels.triton.final_layer import final_layer_kernel
     from ..kernels.triton.flow_step import flow_step_kernel
     from ..kernels.triton.gated_residual import gated_residual_kernel
     from ..kernels.triton.input_projection import input_projection_kernel
@@ -229,6 +230,8 @@ def layout(w: Weights, shape: Shape) -> Layout:
         "noise": ((shape.steps if shape.noisy else 0, n, channels), torch.float32),
         "x": ((n, channels), torch.float32),
         "before": ((n, channels), torch.float32),
+        "other_x": ((n, channels), torch.float32),
+        "other_before": ((n, channels), torch.float32),
         "condition": ((rows, width), dtype),
         "y": ((chunk, rows, width), dtype),
         "modulation": ((chunk, rows, spec.modulation_width), dtype),
@@ -236,19 +239,24 @@ def layout(w: Weights, shape: Shape) -> Layout:
         "stats": ((rows, 2, triton.cdiv(width, shape.tiles.second.n)), torch.float32),
         "m": ((0 if shape.tiles.fused else rows, width), dtype),
         "u": ((rows, width), dtype),
+        "parts": ((triton.cdiv(width, shape.tiles.step.k), rows, 2 * channels), torch.float32),
     }
 
 
 def loop(w: Weights, shape: Shape, b: Buffers) -> None:
     """All steps, on the current stream and without a wait of the host. Reads the inputs, leaves the tokens in x."""
-    b["before"].zero_()
+    (x, before), _ = _states(shape, b, 0)
+    before.zero_()
+    if x is not b["x"]:
+        x.copy_(b["x"])
     input_projection(w, shape, b)
     for steps, modulation in modulations(w, shape, b):
         for i in steps:
             for block in range(w.spec.depth):
                 first_half(w, shape, b, modulation[i - steps.start], block)
                 second_half(w, shape, b, modulation[i - steps.start], block)
-            sampler_step(w, shape, b, modulation[i - steps.start], i)
+            final_layer(w, shape, b, modulation[i - steps.start])
+            sampler_step(w, shape, b, i)
 
 
 def modulations(w: Weights, shape: Shape, b: Buffers) -> Iterator[tuple[range, Tensor]]:
@@ -295,22 +303,35 @@ def second_half(w: Weights, shape: Shape, b: Buffers, modulation: Tensor, block:
     )  # fmt: skip
 
 
-def sampler_step(w: Weights, shape: Shape, b: Buffers, modulation: Tensor, step: int) -> None:
-    """(o, v) from h, x from those, and h of the next step from x."""
-    noise = b["noise"][step] if shape.noisy else b["x"]
-    sampler_step_kernel[(triton.cdiv(shape.trajectories, shape.tiles.step.m),)](
-        b["h"], b["stats"], modulation, *w.output, *w.input, b["x"], b["before"], noise, b["steps"][step], b["scalars"],
-        3 * w.spec.depth * w.spec.width, shape.trajectories, mlp.LN_EPS,
-        GUIDED=shape.guided, NOISY=shape.noisy, BLOCK_K=shape.tiles.step.k, **_norm(w, shape), **_state(w, shape),
+def final_layer(w: Weights, shape: Shape, b: Buffers, modulation: Tensor) -> None:
+    """parts of W_out (norm(h) * scale + shift), by columns of h"""
+    tile, (outputs, width) = shape.tiles.step, w.output[0].shape
+    final_layer_kernel[triton.cdiv(shape.rows, tile.m), len(b["parts"])](
+        b["h"], b["stats"], modulation, w.output[0], b["parts"], 3 * w.spec.depth * width, shape.rows, mlp.LN_EPS,
+        OUTPUTS=outputs, **_norm(w, shape), **_blocks(tile, shape) | {"BLOCK_N": _columns(outputs)},
     )  # fmt: skip
+
+
+def sampler_step(w: Weights, shape: Shape, b: Buffers, step: int) -> None:
+    """(o, v) from parts, x from those, and h of the next step from x."""
+    now, after = _states(shape, b, step)
+    noise = b["noise"][step] if shape.noisy else b["x"]
+    sampler_step_kernel[_state_grid(w, shape)](
+        b["parts"], w.output[1], *w.input, *now, *after, noise, b["steps"][step], b["scalars"], b["h"], b["stats"],
+        shape.rows, shape.trajectories, PARTS=len(b["parts"]), NOISY=shape.noisy, **_state(w, shape),
+    )  # fmt: skip
+
+
+def _states(shape: Shape, b: Buffers, step: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(x, before) before this step and after it: two that alternate so that the last step leaves its x in `x`."""
+    two = (b["x"], b["before"]), (b["other_x"], b["other_before"])
+    now = (shape.steps - step) % 2
+    return two[now], two[1 - now]
 
 
 def input_projection(w: Weights, shape: Shape, b: Buffers) -> None:
     """h of the first step from x."""
-    input_projection_kernel[(triton.cdiv(shape.trajectories, shape.tiles.step.m),)](
-        b["x"], *w.input, b["h"], b["stats"], shape.trajectories,
-        WIDTH=w.spec.width, TILE=shape.tiles.second.n, GUIDED=shape.guided, **_state(w, shape),
-    )  # fmt: skip
+    input_projection_kernel[_state_grid(w, shape)](b["x"], *w.input, b["h"], b["stats"], shape.trajectories, **_state(w, shape))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, shape: Shape, tile: Tile | None, silu: bool = False) -> None:
@@ -332,14 +353,26 @@ def _norm(w: Weights, shape: Shape) -> dict[str, int]:
 
 def _blocks(tile: Tile, shape: Shape) -> dict[str, object]:
     sizes = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": shape.precision}
-    return sizes | {"num_warps": tile.warps, "num_stages": tile.stages} | _launch(shape)
+    how = {"num_warps": tile.warps, "num_stages": tile.stages, "PREFETCH": shape.tiles.prefetch}
+    return sizes | how | _launch(shape)
 
 
 def _state(w: Weights, shape: Shape) -> dict[str, object]:
-    tile, channels = shape.tiles.step, w.spec.in_channels
-    sizes = {"BLOCK_T": tile.m, "BLOCK_C": max(16, triton.next_power_of_2(channels)), "BLOCK_N": max(tile.n, shape.tiles.second.n)}
-    how = {"PRECISION": shape.precision, "num_warps": tile.warps, "num_stages": tile.stages}
-    return sizes | {"CHANNELS": channels} | how | _launch(shape)
+    tile, channels, width = shape.tiles.step, w.spec.in_channels, w.spec.width
+    sizes = {"BLOCK_T": tile.m, "BLOCK_C": _columns(channels), "BLOCK_N": max(tile.n, shape.tiles.second.n)}
+    sizes |= {"CHANNELS": channels, "WIDTH": width, "TILE": shape.tiles.second.n, "GUIDED": shape.guided}
+    how = {"num_warps": tile.warps, "num_stages": tile.stages, "PREFETCH": shape.tiles.prefetch}
+    return sizes | {"PRECISION": shape.precision} | how | _launch(shape)
+
+
+def _state_grid(w: Weights, shape: Shape) -> tuple[int, int]:
+    tile = shape.tiles.step
+    return triton.cdiv(shape.trajectories, tile.m), triton.cdiv(w.spec.width, max(tile.n, shape.tiles.second.n))
+
+
+def _columns(count: int) -> int:
+    """So many or more, as a matrix product takes them."""
+    return max(16, triton.next_power_of_2(count))
 
 
 def _launch(shape: Shape) -> dict[str, bool]:

@@ -3,14 +3,15 @@
 import triton
 import triton.language as tl
 
-from .common import after_kernel_before, load_statistics, modulated, rounded
+from .common import add_product, load_statistics, modulated, prefetching_after_kernel_before, rounded
 
 
 @triton.jit(do_not_specialize=["rows"])
 def adaln_linear_kernel(
     h_ptr, stats_ptr, modulation_ptr, weight_ptr, bias_ptr, out_ptr, column, rows, eps,
     WIDTH: tl.constexpr, MODULATION: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """out[r] = silu(W (norm(h[r]) * scale[r] + shift[r]) + bias)     norm(h) = (h - mean) / sqrt(variance + eps)
 
@@ -18,9 +19,9 @@ def adaln_linear_kernel(
     [WIDTH, WIDTH], bias [WIDTH], out [rows, WIDTH]. One program owns [BLOCK_M, BLOCK_N] of out. Every program modulates its rows
     anew, which is cheaper than another launch as long as rows are few.
     """
-    after_kernel_before(PDL)
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetching_after_kernel_before(weight_ptr, n, 0, WIDTH, WIDTH, WIDTH, PDL, PREFETCH)
     live = r < rows
     mean, deviation = load_statistics(stats_ptr, r, live, eps, WIDTH, TILE)
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
@@ -30,7 +31,7 @@ def adaln_linear_kernel(
         m = modulated(h_ptr, modulation_ptr + column, r, live, k, mean, deviation, WIDTH, MODULATION, dtype)
         mask = (k < WIDTH)[:, None] & (n < WIDTH)[None, :]
         weight = tl.load(weight_ptr + n[None, :] * WIDTH + k[:, None], mask=mask, other=0.0)
-        sums = tl.dot(m, weight, sums, input_precision=PRECISION)
+        sums = add_product(sums, m, weight, PRECISION)
     sums += tl.load(bias_ptr + n, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
     out = rounded(sums * tl.sigmoid(sums), dtype)
     tl.store(out_ptr + r[:, None] * WIDTH + n[None, :], out, mask=live[:, None] & (n < WIDTH)[None, :])

@@ -42,6 +42,18 @@ def load_statistics(stats_ptr, r, live, eps, WIDTH: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
+def add_product(sums, x, weight, PRECISION: tl.constexpr):
+    """sums + x weight. In full float32 each product is summed apart: rounding errors grow with the length of a chain of additions,
+    which is then that of one block, not of the whole row."""
+    if weight.dtype == tl.float32 and PRECISION == "ieee":
+        # Of `sums + tl.dot(x, weight)` the compiler makes one chain again, a dot that begins with sums.
+        sums = tl.fma(tl.dot(x, weight, input_precision=PRECISION), 1.0, sums)
+    else:
+        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def linear_sums(
     x_ptr, weight_ptr, bias_ptr, r, live, n,
     K: tl.constexpr, N: tl.constexpr,
@@ -53,7 +65,7 @@ def linear_sums(
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + r[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
         weight = tl.load(weight_ptr + n[None, :] * K + k[:, None], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
-        sums = tl.dot(x, weight, sums, input_precision=PRECISION)
+        sums = add_product(sums, x, weight, PRECISION)
     return sums + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
 
 
@@ -86,4 +98,24 @@ def after_kernel_before(PDL: tl.constexpr):
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetching_after_kernel_before(
+    weight_ptr, n, k, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr
+):
+    """As after_kernel_before. PREFETCH: have COLUMNS columns from k on of rows n of weight [N, K] brought to level 2 meanwhile.
+
+    They may be asked for before the wait since nothing writes weights during the loop.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH:
+            LINE: tl.constexpr = 128 * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
+            lines = k + LINE * tl.arange(0, triton.next_power_of_2((COLUMNS + LINE - 1) // LINE))
+            at = weight_ptr + tl.minimum(n, N - 1)[:, None] * K + tl.minimum(lines, K - 1)[None, :]
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+            )
         tl.extra.cuda.gdc_wait()

@@ -16,7 +16,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 
 @dataclass(frozen=True)
 class Tile:
-    """m rows (sampler_step: trajectories), n columns, k of the sum at a time; warps a program, stages of its pipeline."""
+    """m rows, n columns, k of the sum at a time; warps a program, stages of its pipeline."""
 
     m: int
     n: int
@@ -27,8 +27,9 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """first, second: the two products of a block. step: sampler_step, n of its input layer. modulation: that product, and
-    cond_embed; None: the library's. fused: adaln_linear instead of adaln and linear. pdl: programmatic dependent launch."""
+    """first, second: the two products of a block. step: m rows and k of each part of final_layer, m trajectories and n columns
+    of sampler_step. modulation: that product, and cond_embed; None: the library's. fused: adaln_linear instead of adaln and
+    linear. pdl: programmatic dependent launch. prefetch: with it, a program's weights on their way to level 2 while it waits."""
 
     first: Tile
     second: Tile
@@ -36,6 +37,7 @@ class Tiles:
     modulation: Tile | None
     fused: bool
     pdl: bool = False
+    prefetch: bool = False
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Tiles":
@@ -45,18 +47,18 @@ class Tiles:
 
 
 _HALF = {
-    FEW: Tiles(Tile(16, 16, 64, 2, 6), Tile(16, 16, 256, 2, 4), Tile(1, 256, 512, 8, 2), Tile(64, 128, 64, 4, 3), fused=True),
-    64: Tiles(Tile(32, 32, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(1, 256, 512, 8, 2), None, fused=True),
-    256: Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(1, 256, 512, 8, 2), None, fused=False),
-    1024: Tiles(Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 8, 4), Tile(16, 128, 64, 4, 3), None, fused=False),
-    1 << 30: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(16, 128, 64, 4, 3), None, fused=False),
+    FEW: Tiles(Tile(16, 16, 256, 8, 3), Tile(16, 16, 256, 4, 4), Tile(16, 64, 128, 8, 1), Tile(64, 128, 64, 4, 3), fused=True),
+    64: Tiles(Tile(32, 32, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(16, 64, 128, 8, 1), None, fused=True),
+    256: Tiles(Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 8, 1), None, fused=False),
+    1024: Tiles(Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 8, 4), Tile(16, 256, 128, 8, 1), None, fused=False),
+    1 << 30: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(16, 256, 128, 8, 1), None, fused=False),
 }
 _FLOAT32 = {
-    FEW: Tiles(Tile(16, 16, 64, 4, 3), Tile(16, 16, 64, 4, 3), Tile(1, 256, 256, 8, 2), Tile(64, 64, 32, 4, 3), fused=True),
-    64: Tiles(Tile(32, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(1, 256, 256, 8, 2), None, fused=True),
-    256: Tiles(Tile(64, 32, 16, 4, 3), Tile(64, 32, 32, 4, 3), Tile(1, 256, 256, 8, 2), None, fused=False),
-    1024: Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(16, 128, 32, 4, 3), None, fused=False),
-    1 << 30: Tiles(Tile(128, 64, 16, 8, 3), Tile(128, 64, 16, 8, 3), Tile(16, 128, 32, 4, 3), None, fused=False),
+    FEW: Tiles(Tile(16, 16, 128, 8, 3), Tile(16, 16, 64, 8, 3), Tile(16, 64, 64, 8, 1), Tile(64, 64, 32, 4, 3), fused=True),
+    64: Tiles(Tile(32, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), Tile(16, 64, 64, 8, 1), None, fused=True),
+    256: Tiles(Tile(64, 32, 16, 4, 3), Tile(64, 32, 32, 4, 3), Tile(16, 64, 64, 8, 1), None, fused=False),
+    1024: Tiles(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(32, 128, 128, 8, 1), None, fused=False),
+    1 << 30: Tiles(Tile(128, 64, 16, 8, 2), Tile(128, 64, 16, 8, 3), Tile(32, 128, 128, 8, 1), None, fused=False),
 }
 HEURISTIC = {"float32": _FLOAT32, "bfloat16": _HALF, "float16": _HALF}  # by dtype, by row class
 
