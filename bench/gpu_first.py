@@ -243,14 +243,15 @@ def watched(command: list[str], environment: dict[str, str], limit: float, termi
 
 
 def _read(process: subprocess.Popen, terminal: Terminal, last: list[str]) -> None:
-    for line in process.stdout:
-        line = line.rstrip("\n")
-        if line.startswith(gpu_results.MARK):
-            terminal.say(line.removeprefix(gpu_results.MARK))
-        elif terminal.log.tell() < LOG_BYTES:
-            print(line, file=terminal.log, flush=True)
-        if line.strip():
-            last[:] = [*last[-2:], line[:300]]
+    with process.stdout:
+        for line in process.stdout:
+            line = line.rstrip("\n")
+            if line.startswith(gpu_results.MARK):
+                terminal.say(line.removeprefix(gpu_results.MARK))
+            elif terminal.log.tell() < LOG_BYTES:
+                print(line, file=terminal.log, flush=True)
+            if line.strip():
+                last[:] = [*last[-2:], line[:300]]
 
 
 def _signal_group(process: subprocess.Popen, which: signal.Signals) -> None:

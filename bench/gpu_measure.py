@@ -74,10 +74,11 @@ TOLD = 5  # failures of each phase, on the terminal
 OURS = "cuda bfloat16"
 FLOW_OURS = "triton bfloat16"
 ALONE = ", loop alone"
-# Relative L2 error over float32, of which about a third is expected: see the table of errors in bench/NOTES.md
-TOLERANCE = {torch.bfloat16: 0.06, torch.float16: 0.008, torch.float32: 1e-5}
-TF32_TOLERANCE = 0.008  # as many bits of a factor as float16 has
-FLOW_TOLERANCE = {torch.bfloat16: 0.01, torch.float16: 0.002}  # of an image by a random model
+# Relative L2 errors of eager PyTorch and of `hoisted` over float32, found on a CPU with these heads and images
+EXPECTED = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-6}
+EXPECTED_TF32 = 6e-4  # as many bits of a factor as float16 has
+EXPECTED_OF_IMAGES = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
+TOLERATED = 3.0  # of what is expected; twice that where one trajectory is all there is
 
 Call = Callable[[], Tensor]
 
@@ -258,7 +259,8 @@ class Report:
         def add(name: str, dtype: torch.dtype, make: Callable[[], Call], tf32: bool = False) -> None:
             with self.surviving(f"{what}, {name}"):
                 call = in_precision("high", make) if tf32 else make()
-                found[name] = Contestant(call, dtype.itemsize, TF32_TOLERANCE if tf32 else TOLERANCE[dtype])
+                expected = EXPECTED_TF32 if tf32 else EXPECTED[dtype]
+                found[name] = Contestant(call, dtype.itemsize, TOLERATED * expected * (2 if n == 1 else 1))
 
         def published(dtype: torch.dtype, mode: str | None = None) -> Call:
             step = published_step(head, z, dtype, CFG)
@@ -330,10 +332,10 @@ class Report:
         most = max(len(z) for z, *_ in calls)
         eager = published(lambda z: published_step(head, z, half, CFG))
         scripts = torch.autocast(DEVICE.type, torch.float16)(published(lambda z: autocast_step(head, z, CFG)))
-        fs = {"eager bfloat16": Contestant(eager, 2, TOLERANCE[half])}
-        fs["eager autocast float16"] = Contestant(scripts, 2, TOLERANCE[torch.float16])
+        fs = {"eager bfloat16": Contestant(eager, 2, TOLERATED * EXPECTED[half])}
+        fs["eager autocast float16"] = Contestant(scripts, 2, TOLERATED * EXPECTED[torch.float16])
         for name in [name for name, dtype in self.able(head, most) if dtype == half]:
-            fs[f"{name} bfloat16"] = Contestant(functools.partial(ours, name), 2, TOLERANCE[half])
+            fs[f"{name} bfloat16"] = Contestant(functools.partial(ours, name), 2, TOLERATED * EXPECTED[half])
         truth = published(lambda z: published_step(head, z, torch.float32, CFG))()
         run = self.right(what, fs, truth)
         times = in_turns({name: contestant.call for name, contestant in run.items()}, turns=2)
@@ -381,7 +383,7 @@ class Report:
 
         def add(who: str, dtype: torch.dtype, make: Callable[[], Call]) -> None:
             with self.surviving(f"{what}, {who}"):
-                found[who] = Contestant(make(), dtype.itemsize, FLOW_TOLERANCE[dtype])
+                found[who] = Contestant(make(), dtype.itemsize, TOLERATED * EXPECTED_OF_IMAGES[dtype])
 
         for dtype in (half, torch.float16):
             eager = functools.partial(images.autocast, dtype)

@@ -132,6 +132,7 @@ def _run(report: Report, wanted: dict[str, list[str]], deadline: float, environm
 
 def _start(out: Path, name: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> Run:
     options = ["-m", "gpu", "-q", "-p", "bench.at_once", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    options += [f"--confcutdir={FOLDER}"]
     if importlib.util.find_spec("pytest_benchmark") is None:  # which a filter of pyproject.toml names
         options += ["-o", "filterwarnings=error"]
     notes = folder / f"{name}.jsonl"
