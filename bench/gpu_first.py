@@ -97,7 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         (options.prepare / COMMIT).write_text(gpu_results.commit() + "\n")
         return 0
     if options.carried is not None:
-        os.environ.update(importlib.import_module("bench.gpu_prepare").use(options.carried))
+        try:
+            os.environ.update(importlib.import_module("bench.gpu_prepare").use(options.carried))
+        except (OSError, RuntimeError) as error:
+            print(f"--carried: {error}")
+            return 2
         carried_commit = options.carried / COMMIT
         if carried_commit.exists():
             os.environ.setdefault("DISA_FAST_COMMIT", carried_commit.read_text().strip())

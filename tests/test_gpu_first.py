@@ -313,6 +313,16 @@ def test_what_is_carried_is_used_by_every_phase(first, script, monkeypatch, tmp_
     assert run(first, tmp_path / "out", "--carried", str(tmp_path)) == 0
 
 
+def test_what_is_carried_for_another_machine_is_refused(first, script, monkeypatch, tmp_path, capsys):
+    def use(folder):
+        raise RuntimeError("made for python 3.12, but here is 3.11")
+
+    monkeypatch.setitem(sys.modules, "bench.gpu_prepare", type("Prepare", (), {"use": staticmethod(use)}))
+    script(a="")
+    assert run(first, tmp_path / "out", "--carried", str(tmp_path)) == 2
+    assert capsys.readouterr().out == "--carried: made for python 3.12, but here is 3.11\n"
+
+
 def test_the_files_are_few(results):
     assert len(results.FILES) <= 8
 
@@ -328,6 +338,9 @@ def test_every_phase_has_its_place(first, monkeypatch, tmp_path):
         "shapes 2", "shapes 14", "image", "xAR-B", "FlowAR-L", "many rows", "tiles", "crossover", "failed again", "sanitizer",
         "entries", "soak",
     ]  # fmt: skip
+    rows = {rows for phase in first.PHASES if phase.method == "shapes" for _, rows in phase.arguments}
+    assert rows == {*measure.TARGET_ROWS, *measure.ROWS.values()}
+    assert {phase.arguments[0] for phase in first.PHASES if phase.method == "flow_image"} == set(measure.FLOW_SETTINGS)
     long = argparse.Namespace(long=True, only=None, plant=[], out=tmp_path)
     assert first.phases(long) == list(first.PHASES)
 
