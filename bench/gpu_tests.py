@@ -31,7 +31,8 @@ GRACE = 10  # seconds for an interrupted pytest to end by itself
 STACKS_AFTER = 40  # seconds in one test, after which the log has the stacks of all threads
 CLOSING = 3  # seconds that a phase keeps for itself
 TOLD = 6  # failures of each file, on the terminal
-AGAIN = 12  # of those that failed
+AGAIN = " again"
+MOST_AGAIN = 12  # of a file's tests that failed
 NO_TESTS = 5  # pytest's exit status
 
 
@@ -99,11 +100,13 @@ def run(report: Report, stems: Sequence[str], deadline: float) -> None:
 
 def run_again(report: Report, deadline: float) -> None:
     """One process for each file, one after the other. Every launch is waited for, so that a trace ends where it went wrong."""
-    for stem, found in list(report.results["tests"].items()):
-        tests = [test for test in [*found["failures"], found["running"]] if test][:AGAIN]
-        if tests and not report.out_of_time(f"{stem} again"):
+    first = {stem: found for stem, found in report.results["tests"].items() if not stem.endswith(AGAIN)}
+    report.results["tests"] = dict(first)
+    for stem, found in first.items():
+        tests = [test for test in [*found["failures"], found["running"]] if test][:MOST_AGAIN]
+        if tests and not report.out_of_time(stem + AGAIN):
             arguments = [*(str(ROOT / test) for test in tests), "--tb=long", "--maxfail=5"]
-            _run(report, {f"{stem} again": arguments}, deadline, {"CUDA_LAUNCH_BLOCKING": "1"})
+            _run(report, {stem + AGAIN: arguments}, deadline, {"CUDA_LAUNCH_BLOCKING": "1"})
 
 
 def _run(report: Report, wanted: dict[str, list[str]], deadline: float, environment: dict[str, str]) -> None:
