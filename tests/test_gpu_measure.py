@@ -313,6 +313,7 @@ def test_what_is_moved_ahead_is_moved_once(measure):
     assert not torch.equal(first[2], second[2])
     assert second[2].dtype == torch.float64
     assert not torch.equal(first[0], first[1])
+    assert len(ahead._moved) == 2
 
 
 @pytest.mark.parametrize("name", ["xAR-B", "FlowAR-L"])
