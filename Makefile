@@ -47,9 +47,9 @@ kernels: $(INSTALLED)
 	$(BIN)/pytest tests/test_jit.py
 	$(BIN)/python -m bench.compile_kernels
 
-# For a machine with a GPU, whose own python3 has torch and Triton; downloads nothing. See bench/gpu_report.py.
+# For a machine with a GPU, whose own python3 has torch and Triton; downloads nothing. The long form of bench/gpu_first.py.
 gpu-report:
-	$(PYTHON) -m bench.gpu_report
+	$(PYTHON) -m bench.gpu_first --long --build --minutes 120 --out bench/results/gpu
 
 # Writes bench/results/heads.json and images.json in three quarters of an hour; look at the ratios, not at another machine's times.
 # Both at the end, so that the commit that they name is not one with changes.

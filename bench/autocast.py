@@ -24,7 +24,7 @@ from torch import Tensor
 
 from disa_fast.files import written_aside
 
-from .gpu_measure import commit
+from .gpu_results import commit
 from .images import SETTINGS, Images, reduced
 from .regression import stamp
 from .turns import in_turns, ratio

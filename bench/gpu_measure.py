@@ -1,8 +1,9 @@
-"""What `make gpu-report` measures: the limits of the machine, then every contestant, in turns, on the published heads of MAR and on
-whole images of FlowAR and xAR; and what that says about the targets.
+"""What a phase of gpu_first.py measures: whether every backend is right, the limits of the machine, every contestant, in turns, on
+the published heads of MAR and on whole images of FlowAR and xAR; and what that says about the targets.
 
-Contestants are the published loop in plain PyTorch, the same compiled, both captured in a CUDA graph, and every backend that can
-serve. Results are checked before they are timed. Caches are as they are in use: a step finds what the step before left in L2.
+Contestants are the published loop in plain PyTorch, as it is and under autocast as the published scripts run it, compiled, captured
+in a CUDA graph, and every backend that can serve: whole calls, and the captured loop alone. Results are checked before they are
+timed. Caches are as they are in use: a step finds what the step before left in L2.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import gc
 import importlib
 import importlib.util
-import json
+import math
 import os
 import platform
 import re
@@ -24,46 +25,62 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import disa_fast
-from disa_fast import MLPHead, backends, solvers
+from disa_fast import MLPHead, backends, graphs, solvers
+from disa_fast.backends import cuda, triton
 from disa_fast.files import written_aside
 from disa_fast.heads.mlp import MLPSpec
+from disa_fast.kernels.triton import tiles
+from disa_fast.solvers import StepTable
 
-from . import probes, soak
+from . import gpu_results, gpu_tests, probes, soak
 from .counts import mlp_work
+from .gpu_results import headline
 from .images import FLOW_SETTINGS, Images
-from .peers import captured, published_loop, published_step
+from .peers import autocast_step, captured, published_loop, published_step
 from .shapes import SIZES, Z_CHANNELS, iterations
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CORRECT = ((1024, 6, 8), (1280, 8, 8), (1280, 8, 512))  # width, depth, rows
 ROWS = {1: 8, 4: 32, 64: 512, 256: 2048}  # by batch size: guidance, and 256 tokens in 64 iterations, so 4 of an image at a time
+SHARES = {"relative L2 error": 2.0, "worst element": 3.0}  # of eager's error, which a backend's may be in so few rows
 TARGET_SIZES, TARGET_ROWS = ("MAR-L", "MAR-B"), (8, 2, 14)  # of the targets, in the order of interest
 OVER_EAGER, OVER_PEERS, IMAGE_MS = 15, 3, 45  # the targets: speed, and milliseconds for one image of MAR-B on an H200
-FLOW_FIRST = ("xAR-B", "FlowAR-L")  # of whole images, in the order of interest; these are compiled too, one at a time
+FLOW_FIRST = ("xAR-B", "FlowAR-L")  # of whole images, in the order of interest; in the long form these are compiled too
 FLOW_TARGETS = {1: 3.0, 64: 1.3}  # by images at a time: speed over eager
-FLOW_SECONDS = {1: 20, 64: 90}  # likewise: that should be left when their measuring begins
-FLOW_TOLERANCE = 0.1  # relative L2 error of bfloat16, of an image by a random model
 REPORTED = {("xAR-B", 1): "users report 4.5 s for upstream on an A100"}
-COMPILED = {8: ("default", "max-autotune"), 2048: ("default", "max-autotune")}  # by rows of MAR-L; see compile_modes
-COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are captured here, around the loop
 CFG = 3.0
-STEPS = 10  # of a call; half of them for many rows
-TURNS = 5  # each contestant is called so often, in turns
-SLACK = 20  # seconds that should be left when something begins
+STEPS = 50  # of a call, as many as an image begins with
+MANY_ROWS, STEPS_OF_MANY = 512, 20  # beyond so many rows, where a step's time is that of its arithmetic
+TURNS = 5  # each contestant is timed so often, in turns
+SAMPLE_SECONDS, MOST_CALLS = 5e-3, 50  # calls one after the other in one sample, between two events
+SLACK = 10  # seconds that should be left when something begins
 SANITIZER_SECONDS = 60  # for each of its tools
-SOAK_CALLS, SOAK_SECONDS = 5000, 60  # whichever comes first
+SOAK_CALLS = 5000
 SOAKED = ("cuda", "triton")
-COMPILE_SECONDS = 120  # that should be left when the network of a whole image is to be compiled
+ENTRY_CALLS = 300  # of each shape of ENTRIES
+ENTRIES = ((1280, 8, 8), (1536, 16, 8), (1280, 64, 8))  # width, rows, depth: two tiles a block, long rings, several groups
+COMPILE_SECONDS = 60  # that should be left when the network of a whole image is to be compiled
+COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are captured here, around the loop
+TOLD = 5  # failures of each phase, on the terminal
 OURS = "cuda bfloat16"
 FLOW_OURS = "triton bfloat16"
+ALONE = ", loop alone"
+# Relative L2 errors of eager PyTorch and of `hoisted` over float32, found on a CPU with these heads and images
+EXPECTED = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-6}
+EXPECTED_TF32 = 6e-4  # as many bits of a factor as float16 has
+EXPECTED_OF_IMAGES = {torch.bfloat16: 3.5e-3, torch.float16: 5e-4}
+TOLERATED = 3.0  # of what is expected; twice that where one trajectory is all there is
 
 Call = Callable[[], Tensor]
 
@@ -77,65 +94,107 @@ class Contestant:
     tolerance: float
 
 
-@dataclass
+class BrokenContextError(Exception):
+    """No call of CUDA's in this process will succeed any more."""
+
+
 class Report:
-    """deadline: of time.monotonic(). out: folder of the results. tests: what became of them."""
+    """What the phases of a run have found so far, in `out`. phase: the one that this process is. deadline: of time.monotonic().
+    long: compiles, counts and repeats more."""
 
-    deadline: float
-    out: Path | None
-    tests: str
-    peaks: dict[str, float] = field(default_factory=dict)
-    steps: list[dict] = field(default_factory=list)
-    images: list[dict] = field(default_factory=list)
-    flow_images: list[dict] = field(default_factory=list)
-    sanitizer: dict[str, str] = field(default_factory=dict)
-    soaked: dict = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.name = torch.cuda.get_device_name() if ON_GPU else f"CPU {platform.machine()}"
-
-    def run(self) -> None:
-        print(f"{self.name}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
-        if ON_GPU:
-            self.on_gpu()
-        else:
-            self.skipped += [f"{size}, {rows} rows: no GPU" for size in SIZES for rows in ROWS.values()]
-            self.skipped += [f"MAR-L, {batch} images: no GPU" for batch in ROWS]
-            self.skipped += [f"{name}, {batch} images: no GPU" for name in FLOW_SETTINGS for batch in FLOW_TARGETS]
-            for rows in (2, 8):
-                self.shape("MAR-B", rows, compiled=())
-        self.write()
-        if self.out is not None and self.steps:
-            plot(self.steps, self.name, self.out / f"{slug(self.name)}.png")
-        print(f"\ntests that need a GPU: {self.tests}")
-        for title, lines in (("skipped", self.skipped), ("FAILED", self.failures)):
-            for line in lines:
-                print(f"{title}: {line}")
-        if ON_GPU:
-            print_targets(self.name, targets(self.steps, self.images, self.flow_images), phases(self.steps, self.peaks))
-
-    def on_gpu(self) -> None:
-        """The most asked for first, since time may run out; what the profiler says last, since it may slow down what follows."""
-        self.limits()
-        first, then = order()
-        for measure, size, count in first:
-            getattr(self, measure)(size, count)
-        self.sanitize()
-        self.soak()
-        for measure, size, count in then:
-            getattr(self, measure)(size, count)
-        for rows in COMPILED:
-            self.launches("MAR-L", rows)
+    def __init__(self, out: Path, phase: str, deadline: float, long: bool = False) -> None:
+        self.out, self.phase, self.deadline, self.long = out, phase, deadline, long
+        self.results = gpu_results.load(out)
+        self.run = self.results["runs"].setdefault(phase, {"failures": [], "skipped": []})
+        self.failures: list[str] = self.run["failures"]
+        self.skipped: list[str] = self.run["skipped"]
+        self.peaks: dict[str, float] = self.results["peaks"]
+        triton_version = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
+        self.results |= {
+            "gpu": torch.cuda.get_device_name() if ON_GPU else f"CPU {platform.machine()}",
+            "date": datetime.date.today().isoformat(),
+            "commit": gpu_results.commit(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "triton": triton_version,
+            },
+        }
 
     # What is measured ------------------------------------------------------------------------------------------------
+
+    def correct(self, name: str) -> None:
+        """A backend against float64, beside eager PyTorch in its dtype; and the times of its first call and of a step."""
+        served, last = False, None
+        for (width, depth, rows), dtype in ((shape, dtype) for shape in CORRECT for dtype in DTYPES):
+            what = f"{name} {in_words(dtype)} {width} x {depth}, {rows} rows"
+            last = backends.survey(MLPSpec(16, width, depth, Z_CHANNELS), dtype, DEVICE, rows)[name]
+            if last is not None:
+                self.skipped.append(f"{what}: {last}")
+            elif not self.out_of_time(what):
+                served = True
+                with self.surviving(what):
+                    entry = self.checked_call(what, name, dtype, width, depth, rows)
+                    self.add("correct", entry, "backend", "dtype", "width", "rows")
+        if last is not None and not served:
+            self.fail(f"{name} serves nothing here: {last}")
+
+    def checked_call(self, what: str, name: str, dtype: torch.dtype, width: int, depth: int, rows: int) -> dict[str, Any]:
+        head = random_head_of(width, depth)
+        parameters = {key: p.to(dtype) for key, p in head._net.state_dict().items()}
+        head, exact = (MLPHead.from_state_dict({k: p.to(d) for k, p in parameters.items()}) for d in (dtype, torch.float64))
+        z, table, noise, step_noise = inputs(rows, STEPS)
+        how = {"table": table, "cfg": CFG, "noise": noise, "step_noise": step_noise}
+        truth = exact.denoise(z.to(dtype).double(), **how, backend="reference")
+        eager = head.denoise(z.to(dtype), **how, backend="reference")
+
+        def call() -> Tensor:
+            return head.denoise(z.to(dtype), **how, backend=name)
+
+        synchronize()
+        start = time.perf_counter()
+        ours = call()
+        synchronize()
+        first = time.perf_counter() - start
+        errors, bars = errors_of(ours, truth), errors_of(eager, truth)
+        us = seconds(call, 20) / len(table) * 1e6
+        start = time.perf_counter()
+        again = call()
+        host = time.perf_counter() - start
+        same = torch.equal(ours, again)
+        print(f"{what}: errors {errors}, eager {bars}, host {host * 1e6:.0f} us a call", flush=True)
+        of_eager = errors["relative L2 error"] / bars["relative L2 error"]
+        headline(
+            f"{gpu_results.in_short(what)}: error {errors['relative L2 error']:.1e}, {of_eager:.2f} of eager's; "
+            f"first {first:.1f} s, {us:.1f} us a step"
+        )
+        if not same:
+            self.fail(f"{what}: the same call again gives other bits")
+        for kind, error in errors.items():
+            bar = SHARES[kind] * bars[kind] + torch.finfo(dtype).eps
+            if not error <= bar:
+                self.fail(f"{what}: {kind} {error:.2g}, expected at most {bar:.2g}; eager PyTorch has {bars[kind]:.2g}")
+        return {
+            "backend": name, "dtype": in_words(dtype), "width": width, "depth": depth, "rows": rows, "steps": len(table),
+            "errors": errors, "eager": bars, "same_bits": same, "first_seconds": first, "us_per_step": us,
+            "host_us_per_call": host * 1e6, "graphs": head.graph_counters(),
+        }  # fmt: skip
+
+    def tests(self, *files: str) -> None:
+        """The tests that need a GPU, a process for each file; see gpu_tests.py."""
+        gpu_tests.run(self, files, self.deadline)
+
+    def tests_again(self) -> None:
+        """Those that failed, each launch waited for, with all of their traces."""
+        gpu_tests.run_again(self, self.deadline)
 
     def limits(self) -> None:
         """Into `peaks`: what the GPU gives, and what the persistent kernel's ways of working cost on it."""
         with self.surviving("limits of the machine"):
-            self.peaks |= measured_peaks()
-            print("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in self.peaks.items()), flush=True)
+            self.peaks.update(measured_peaks())
+            headline("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in self.peaks.items()))
+            self.write()
         reason = probes.why_not()
         if reason is not None:
             self.skipped.append(f"probes: {reason}")
@@ -143,57 +202,68 @@ class Report:
         with self.surviving("probes"):
             for what, measure in probes.measurements(probes.NvidiaGpu(DEVICE), seconds, captured):
                 with self.surviving(f"probe of {what}"):
-                    self.peaks |= measure()
+                    self.peaks.update(measure())
+                self.write()
             probes.print_table(self.peaks)
-        self.write()
+            headline("probed: " + ", ".join(f"{name} {self.peaks[name]:.3g}" for name in probes.told(self.peaks)))
 
-    def shape(self, size: str, rows: int, compiled: tuple[str, ...] | None = None) -> None:
-        """Microseconds a step of every contestant, in turns, and what they amount to. compiled: modes; see compile_modes."""
+    def shapes(self, *shapes: tuple[str, int]) -> None:
+        for size, rows in shapes:
+            self.shape(size, rows)
+
+    def shape(self, size: str, rows: int) -> None:
+        """Microseconds a step of every contestant, in turns, and what they amount to."""
         what = f"{size}, {rows} rows"
         if self.out_of_time(what):
             return
-        compiled = compile_modes(size, rows) if compiled is None else compiled
-        head, steps = random_head(size), STEPS if rows <= 512 else STEPS // 2
-        checked = self.checked(what, head, rows, steps, compiled)
+        head = random_head(size)
+        data = inputs(rows, STEPS if rows <= MANY_ROWS else STEPS_OF_MANY)
+        steps = len(data[1])
+        checked = self.right(what, *self.contestants(what, head, data, self.compile_modes(size, rows)))
         times = in_turns({name: contestant.call for name, contestant in checked.items()})
         results = {}
         for name, contestant in checked.items():
             step_seconds = statistics.median(times[name]) / steps
             results[name] = {"us_per_step": step_seconds * 1e6} | ratios(times, name)
             results[name] |= against_peaks(head.spec, rows, steps, step_seconds, contestant.weight_bytes, self.peaks)
-        self.steps.append({"size": size, "rows": rows, "steps": steps, "results": results})
-        print_shape(self.steps[-1])
-        self.write()
+        entry = {"size": size, "rows": rows, "steps": steps, "results": results}
+        self.add("steps", entry, "size", "rows")
+        print_shape(entry)
+        told = ", ".join(f"{name} {r['us_per_step']:.1f}" for name, r in results.items() if worth_telling(name))
+        headline(gpu_results.in_short(f"{what}, us a step: {told}"))
         forget()
 
-    def checked(self, what: str, head: MLPHead, rows: int, steps: int, compiled: tuple[str, ...]) -> dict[str, Contestant]:
-        """The contestants that run, and whose result is near that of the published loop in exact float32."""
-        return self.right(what, *self.contestants(what, head, rows, steps, compiled))
+    def compile_modes(self, size: str, rows: int) -> tuple[str, ...]:
+        """Of torch.compile, which takes its time; for many sizes and rows none."""
+        if self.long and (size, rows) in (("MAR-L", 8), ("MAR-L", 2048)):
+            return tuple(COMPILE_MODES)
+        wanted = (size in TARGET_SIZES and rows in TARGET_ROWS) or (size == "MAR-L" and rows in ROWS.values())
+        return ("default",) if wanted else ()
 
     def right(self, what: str, contestants: dict[str, Contestant], truth: Tensor) -> dict[str, Contestant]:
-        """Those that run, and whose result is near `truth`."""
+        """Those that run, and whose result is near `truth`: as a whole, and its worst element."""
         right = {}
         for name, contestant in contestants.items():
             with self.surviving(f"{what}, {name}"):
-                error = float((contestant.call().float() - truth).norm() / truth.norm())
-                if not error < contestant.tolerance:
-                    raise ArithmeticError(f"relative error {error:.2g}, expected at most {contestant.tolerance}")
+                for kind, error in errors_of(contestant.call(), truth).items():
+                    if not error < contestant.tolerance:
+                        raise ArithmeticError(f"{kind} {error:.2g}, expected at most {contestant.tolerance}")
                 right[name] = contestant
         return right
 
     def contestants(
-        self, what: str, head: MLPHead, rows: int, steps: int, compiled: tuple[str, ...]
+        self, what: str, head: MLPHead, data: Inputs, compiled: tuple[str, ...]
     ) -> tuple[dict[str, Contestant], Tensor]:
-        table, n = solvers.ddpm(steps), rows // 2
-        z = torch.randn(rows, Z_CHANNELS, device=DEVICE)
-        noise, step_noise = torch.randn(n, 16, device=DEVICE), torch.randn(steps, n, 16, device=DEVICE)
-        half = torch.bfloat16
+        """And what the published loop gives in exact float32."""
+        z, table, noise, step_noise = data
+        half, n = torch.bfloat16, len(noise)
         found: dict[str, Contestant] = {}
 
         def add(name: str, dtype: torch.dtype, make: Callable[[], Call], tf32: bool = False) -> None:
             with self.surviving(f"{what}, {name}"):
                 call = in_precision("high", make) if tf32 else make()
-                found[name] = Contestant(call, dtype.itemsize, 0.3 if dtype == half else 2e-2 if tf32 else 1e-3)
+                expected = EXPECTED_TF32 if tf32 else EXPECTED[dtype]
+                found[name] = Contestant(call, dtype.itemsize, TOLERATED * expected * (2 if n == 1 else 1))
 
         def published(dtype: torch.dtype, mode: str | None = None) -> Call:
             step = published_step(head, z, dtype, CFG)
@@ -201,84 +271,95 @@ class Report:
                 step = torch.compile(step, mode=COMPILE_MODES[mode], dynamic=False)
             return published_loop(step, table, noise, step_noise)
 
+        def autocast(dtype: torch.dtype) -> Call:
+            loop = published_loop(autocast_step(head, z, CFG), table, noise, step_noise)
+            return torch.autocast(DEVICE.type, dtype)(loop)
+
         def ours(backend: str, dtype: torch.dtype) -> Call:
             return lambda: head.denoise(z, table, CFG, noise=noise, step_noise=step_noise, backend=backend, dtype=dtype)[:n]
 
-        truth = published(torch.float32)()
-        if ON_GPU:
-            add("eager float32 TF32", torch.float32, lambda: published(torch.float32), tf32=True)
-            for name, mode in {"eager": None, **{f"compile {mode}": mode for mode in compiled}}.items():
-                make = functools.cache(functools.partial(published, half, mode))  # one for both, whose tensors the graph needs
-                add(f"{name} bfloat16", half, make)
-                add(f"{name} bfloat16, graph", half, lambda make=make: captured(make()))
-        else:
-            add("eager float32", torch.float32, lambda: published(torch.float32))
-        for backend, dtype in self.able(head, rows):
-            name = f"{backend} {str(dtype).removeprefix('torch.')}"
+        add("eager float32 TF32", torch.float32, lambda: published(torch.float32), tf32=True)
+        for dtype in (torch.float16, half):
+            add(f"eager autocast {in_words(dtype)}", dtype, lambda dtype=dtype: autocast(dtype))
+        for name, mode in {"eager": None, **{f"compile {mode}": mode for mode in compiled}}.items():
+            make = functools.cache(functools.partial(published, half, mode))  # one for both, whose tensors the graph needs
+            add(f"{name} bfloat16", half, make)
+            add(f"{name} bfloat16, graph", half, lambda make=make: captured(make()))
+        for backend, dtype in self.able(head, len(z)):
+            name = f"{backend} {in_words(dtype)}"
             add(name, dtype, lambda backend=backend, dtype=dtype: ours(backend, dtype))
-            if ON_GPU and backends.BACKENDS[backend].captures():
+            if backends.BACKENDS[backend].captures() and dtype != torch.float32:
+                add(name + ALONE, dtype, lambda backend=backend, dtype=dtype: loop_alone(head, backend, dtype, *data))
+            if backends.BACKENDS[backend].captures() and dtype == half:
                 add(f"{name}, no graph", dtype, lambda backend=backend, dtype=dtype: without_graphs(ours(backend, dtype)))
-            if ON_GPU and dtype == torch.float32:
+            if dtype == torch.float32:
                 add(f"{name} TF32", dtype, lambda backend=backend, dtype=dtype: ours(backend, dtype), tf32=True)
-        return found, truth
+        return found, published(torch.float32)()
 
-    @staticmethod
-    def able(head: MLPHead, rows: int) -> list[tuple[str, torch.dtype]]:
-        """Every backend of ours that serves such a call here, in both dtypes, the slow ones aside."""
-        slow = {"reference"} if ON_GPU else {"reference", "triton"}  # on a CPU Triton would be interpreted
-        return [
-            (backend, dtype)
-            for backend in backends.BACKENDS
-            for dtype in (torch.bfloat16, torch.float32)
-            if backend not in slow and backends.survey(head.spec, dtype, DEVICE, rows)[backend] is None
-        ]
+    def able(self, head: MLPHead, rows: int) -> list[tuple[str, torch.dtype]]:
+        """Every backend of ours that serves such a call here, in each dtype; `hoisted` in one. Not those that have not come through
+        `correct`, and might take the others with them."""
+        able = []
+        for name in backends.BACKENDS:
+            if gpu_results.broke(self.results["runs"].get(f"correct {name}")):
+                self.skipped.append(f"{name}: left out, since its check of correctness broke off")
+                continue
+            dtypes = {"reference": (), "hoisted": DTYPES[:1]}.get(name, DTYPES)
+            able += [(name, d) for d in dtypes if backends.survey(head.spec, d, DEVICE, rows)[name] is None]
+        return able
 
     def image(self, size: str, batch: int) -> None:
         """Seconds of the head for `batch` images: all 64 AR iterations, 50 steps down to 5."""
-        what = f"{size}, {batch} images"
+        what = f"{size}, {batch} image{'s' * (batch > 1)}"
         if self.out_of_time(what):
             return
-        head, calls = random_head(size), []
-        for tokens, steps in iterations():
-            n = batch * tokens
-            z, noise, step_noise = (torch.randn(shape, device=DEVICE) for shape in ((2 * n, Z_CHANNELS), (n, 16), (steps, n, 16)))
-            calls.append((z, solvers.ddpm(steps), noise, step_noise))
+        head = random_head(size)
+        calls = [inputs(2 * batch * tokens, steps) for tokens, steps in iterations()]
 
-        def published() -> None:
-            for z, table, noise, step_noise in calls:
-                published_loop(published_step(head, z, torch.bfloat16, CFG), table, noise, step_noise)()
+        def published(step: Callable[..., Any]) -> Call:
+            def run() -> Tensor:
+                return torch.cat([published_loop(step(z), *rest)() for z, *rest in calls])
 
-        def ours(backend: str) -> None:
+            return run
+
+        def ours(backend: str) -> Tensor:
             how = {"backend": backend, "dtype": torch.bfloat16}
-            for z, table, noise, step_noise in calls:
-                head.denoise(z, table, CFG, noise=noise, step_noise=step_noise, **how)
+            return torch.cat(
+                [
+                    head.denoise(z, table, CFG, noise=noise, step_noise=step_noise, **how)[: len(noise)]
+                    for z, table, noise, step_noise in calls
+                ]
+            )
 
+        half = torch.bfloat16
         most = max(len(z) for z, *_ in calls)
-        able = [backend for backend, dtype in self.able(head, most) if dtype == torch.bfloat16]
-        fs = {"eager bfloat16": published, **{f"{name} bfloat16": lambda name=name: ours(name) for name in able}}
-        run = {}
-        for name, f in fs.items():
-            with self.surviving(f"{what}, {name}"):
-                f()
-                run[name] = f
-        times = in_turns(run, turns=2)
+        eager = published(lambda z: published_step(head, z, half, CFG))
+        scripts = torch.autocast(DEVICE.type, torch.float16)(published(lambda z: autocast_step(head, z, CFG)))
+        fs = {"eager bfloat16": Contestant(eager, 2, TOLERATED * EXPECTED[half])}
+        fs["eager autocast float16"] = Contestant(scripts, 2, TOLERATED * EXPECTED[torch.float16])
+        for name in [name for name, dtype in self.able(head, most) if dtype == half]:
+            fs[f"{name} bfloat16"] = Contestant(functools.partial(ours, name), 2, TOLERATED * EXPECTED[half])
+        truth = published(lambda z: published_step(head, z, torch.float32, CFG))()
+        run = self.right(what, fs, truth)
+        times = in_turns({name: contestant.call for name, contestant in run.items()}, turns=2)
         results = {name: {"seconds": statistics.median(times[name])} | ratios(times, name) for name in run}
-        self.images.append({"size": size, "images": batch, "results": results, "graphs": head.graph_counters()})
-        print(f"\n{what}, the head's part of 64 AR iterations, 50 to 5 steps; graphs: {head.graph_counters()}")
-        for name, result in results.items():
-            print(f"{name:36} {result['seconds'] * 1e3:9.1f} ms {as_ratio(result['over_eager'])}", flush=True)
-        self.write()
+        self.add("images", {"size": size, "images": batch, "results": results, "graphs": head.graph_counters()}, "size", "images")
+        told = ", ".join(f"{name} {r['seconds'] * 1e3:.1f}" for name, r in results.items())
+        print(f"{what}, graphs: {head.graph_counters()}", flush=True)
+        headline(gpu_results.in_short(f"{what}, ms of the head's part of 64 AR iterations: {told}"))
         forget()
 
     def flow_image(self, name: str, batch: int) -> None:
         """Seconds of `batch` whole images by FlowAR or xAR, in DiSA's setting, and what each scale or cell has of them."""
-        what = f"{name}, {batch} images"
-        if self.out_of_time(what, FLOW_SECONDS[batch]):
+        what = f"{name}, {batch} image{'s' * (batch > 1)}"
+        if self.out_of_time(what):
             return
         with self.surviving(what):
-            self.flow_images.append(self.timed_images(what, name, batch))
-            print_flow_image(self.flow_images[-1])
-        self.write()
+            entry = self.timed_images(what, name, batch)
+            self.add("flow_images", entry, "model", "images")
+            print_flow_image(entry)
+            told = ", ".join(f"{who} {r['seconds']:.3f}" for who, r in entry["results"].items())
+            headline(gpu_results.in_short(f"{what}, s: {told}"))
         forget()
 
     def timed_images(self, what: str, name: str, batch: int) -> dict:
@@ -299,37 +380,60 @@ class Report:
         return entry | {"results": results, "graphs": graphs, "shares": shares}
 
     def drawing(self, what: str, images: Images, name: str, batch: int) -> tuple[dict[str, Contestant], Tensor]:
-        """What draws these images, in bfloat16, and what upstream's structure draws in float32, whose products may be TF32."""
+        """What draws these images, in half precision, and what upstream's structure draws in float32. Eager is under autocast."""
         half = torch.bfloat16
         found: dict[str, Contestant] = {}
 
-        def add(who: str, make: Callable[[], Call]) -> None:
+        def add(who: str, dtype: torch.dtype, make: Callable[[], Call]) -> None:
             with self.surviving(f"{what}, {who}"):
-                found[who] = Contestant(make(), half.itemsize, FLOW_TOLERANCE)
+                found[who] = Contestant(make(), dtype.itemsize, TOLERATED * EXPECTED_OF_IMAGES[dtype])
 
-        add("eager bfloat16", lambda: images.autocast)
-        add("hoisted bfloat16", lambda: images.ours("hoisted", half))
-        if backends.survey(images.native.head.spec, half, DEVICE, batch)["triton"] is None:
-            ours = functools.cache(functools.partial(images.ours, "triton", half))
-            add(FLOW_OURS, ours)
-            add(f"{FLOW_OURS}, no graph", lambda: without_graphs(ours()))
-        if batch == 1 and name in FLOW_FIRST and not self.out_of_time(f"{what}, compiled", COMPILE_SECONDS):
-            add("compile default bfloat16", lambda: images.compiled(images.autocast))
-        return found, in_precision("high", lambda: images.eager)()
+        for dtype in (half, torch.float16):
+            eager = functools.partial(images.autocast, dtype)
+            add(f"eager {in_words(dtype)}", dtype, lambda eager=eager: eager)
+        if batch == 1:
+            add("eager bfloat16, graph", half, lambda: images.captured(captured, half))
+        add("hoisted bfloat16", half, lambda: images.ours("hoisted", half))
+        for dtype in (half, torch.float16):
+            if backends.survey(images.native.head.spec, dtype, DEVICE, batch)["triton"] is None:
+                ours = functools.cache(functools.partial(images.ours, "triton", dtype))
+                add(f"triton {in_words(dtype)}", dtype, ours)
+                if dtype == half:
+                    add(f"{FLOW_OURS}, no graph", half, lambda ours=ours: without_graphs(ours()))
+        if batch == 1 and self.long and name in FLOW_FIRST and not self.out_of_time(f"{what}, compiled", COMPILE_SECONDS):
+            add("compile default bfloat16", half, lambda: images.compiled(images.autocast))
+        return found, in_precision("highest", lambda: images.eager)()
 
-    def launches(self, size: str, rows: int) -> None:
-        """Kernels a step of every contestant, added to what `shape` found."""
-        entry = next((e for e in self.steps if (e["size"], e["rows"]) == (size, rows)), None)
-        if entry is None or self.out_of_time(f"{size}, {rows} rows, launches"):
-            return
-        contestants, _ = self.contestants(size, random_head(size), rows, entry["steps"], compile_modes(size, rows))
-        print(f"\n{size}, {rows} rows, kernels a step")
-        for name in entry["results"]:
-            with self.surviving(f"{size}, {rows} rows, launches of {name}"):
-                entry["results"][name]["launches_per_step"] = count = launches(contestants[name].call) / entry["steps"]
-                print(f"{name:36} {count:7.1f}", flush=True)
-        self.write()
-        forget()
+    def launches(self, size: str, *rows: int) -> None:
+        """Kernels a step of every contestant, added to what `shape` found. Last, since the profiler may slow down what follows."""
+        for count in rows:
+            entry = next((e for e in self.results["steps"] if (e["size"], e["rows"]) == (size, count)), None)
+            what = f"{size}, {count} rows, launches"
+            if entry is None or self.out_of_time(what):
+                continue
+            data = inputs(count, STEPS if count <= MANY_ROWS else STEPS_OF_MANY)
+            contestants, _ = self.contestants(what, random_head(size), data, self.compile_modes(size, count))
+            for name in entry["results"]:
+                with self.surviving(f"{what} of {name}"):
+                    entry["results"][name]["launches_per_step"] = number = launches(contestants[name].call) / entry["steps"]
+                    print(f"{name:36} {number:7.1f}", flush=True)
+            self.write()
+            forget()
+
+    def tiles(self) -> None:
+        """tune_triton.py, over what ships; what it finds lies in `out`."""
+        tuner = importlib.import_module("bench.tune_triton")
+        shutil.copy(tuner.TUNED, self.out / gpu_results.TUNED)
+        tuner.TUNED = self.out / gpu_results.TUNED
+        minutes = max(0.1, (self.deadline - time.monotonic() - SLACK) / 60)
+        how = ["--sizes", "MAR-L", "MAR-B", "--rows", "8", *(["48", "192", "768", "2048"] if self.long else [])]
+        sys.argv = ["tune_triton", *how, "--minutes", f"{minutes:.2f}"]
+        tuner.main()
+
+    def crossover(self) -> None:
+        """tune_cuda.py, over what ships; what it finds lies in `out`."""
+        tuner = importlib.import_module("bench.tune_cuda")
+        tuner.main(["--out", str(self.out / gpu_results.CROSSOVER)])
 
     def sanitize(self) -> None:
         """compute-sanitizer over small calls of the persistent kernel, where there is one."""
@@ -338,38 +442,57 @@ class Report:
         if tool is None or reason is not None:
             self.skipped.append(f"compute-sanitizer: {reason or 'is not on this machine'}")
             return
-        print()
         for check in ("memcheck", "racecheck", "synccheck"):
             what = f"compute-sanitizer {check}"
             if self.out_of_time(what):
                 continue
             with self.surviving(what):
                 said, found = sanitized(tool, check, min(SANITIZER_SECONDS, self.deadline - time.monotonic() - SLACK / 2))
-                self.sanitizer[check] = said.splitlines()[0]
-                print(f"{what}: {self.sanitizer[check]}", flush=True)
+                self.results["sanitizer"][check] = said.splitlines()[0]
+                headline(f"{what}: {said.splitlines()[0]}")
                 if found:
                     raise ArithmeticError(said)
-        self.write()
+            self.write()
+
+    def entries(self) -> None:
+        """The persistent kernel's shipped shapes, again and again: one set of bits each. Then a launch that gives up at once."""
+        reason = backends.survey(MLPSpec(16, 1024, 1, 64), torch.bfloat16, DEVICE, 4)["cuda"]
+        if reason is not None:
+            self.skipped.append(f"repeated calls of cuda: {reason}")
+            return
+        for width, rows, depth in ENTRIES:
+            what = f"cuda {width} x {depth}, {rows} rows, repeated"
+            if not self.out_of_time(what):
+                with self.surviving(what):
+                    calls, wrong = soak.repeated(random_head_of(width, depth), rows, ENTRY_CALLS, self.deadline - SLACK / 2)
+                    headline(f"{what}: {calls} calls, {len(wrong)} of them wrong")
+                    for line in wrong[:3]:
+                        self.fail(f"{what}: {line}")
+        with self.surviving("cuda, a launch that gives up"):
+            for line in soak.given_up(random_head("MAR-B")):
+                self.fail(f"cuda, a launch that gives up: {line}")
 
     def soak(self) -> None:
         """Many small calls at random: their bits, and memory; see soak.py."""
-        if self.out_of_time("soak"):
-            return
         why_not = backends.survey(MLPSpec(16, 1024, 1, 64), torch.bfloat16, DEVICE, 4)
         self.skipped += [f"soak, {name}: {why_not[name]}" for name in SOAKED if why_not[name] is not None]
         able = [name for name in SOAKED if why_not[name] is None]
-        if not able:
+        if not able or self.out_of_time("soak"):
             return
-        print()
         with self.surviving("soak"):
-            limit = min(SOAK_SECONDS, self.deadline - time.monotonic() - SLACK / 2)
+            limit = self.deadline - time.monotonic() - SLACK / 2
             result = soak.Soak(SOAK_CALLS, device=DEVICE.type, names=able, dtypes=("bfloat16",), seconds=limit).run()
             soak.report(result)
-            self.soaked = {name: value for name, value in result.items() if name != "samples"}
-            self.failures += [f"soak: {line}" for line in soak.wrong(result)]
+            self.results["soak"] = {name: value for name, value in result.items() if name != "samples"}
+            headline(f"soak: {result['calls']} calls, {result['repeats_compared']} compared, {len(soak.wrong(result))} wrong")
+            for line in soak.wrong(result):
+                self.fail(f"soak: {line}")
             if not result["verdicts"]:
                 self.skipped.append(f"soak: {soak.TOO_FEW}")
-        self.write()
+
+    def plot(self) -> None:
+        if self.results["steps"]:
+            plot(self.results["steps"], self.results["gpu"], self.out / gpu_results.PLOT)
 
     # What becomes of it ----------------------------------------------------------------------------------------------
 
@@ -379,81 +502,105 @@ class Report:
             self.skipped.append(f"{what}: out of time")
         return over
 
+    def fail(self, line: str) -> None:
+        self.failures.append(line[:2000])
+        if len(self.failures) <= TOLD:
+            headline(f"FAILED {gpu_results.shortened(line)}")
+        else:
+            print(f"FAILED {line}", flush=True)
+        self.write()
+
     @contextlib.contextmanager
     def surviving(self, what: str) -> Iterator[None]:
-        """A contestant that fails, in whatever way, is reported, and the others go on."""
+        """A contestant that fails, in whatever way, is reported, and the others go on, as long as the context is whole."""
         try:
             yield
         except Exception as error:
-            self.failures.append(f"{what}: {type(error).__name__}: {str(error).strip()[:500]}")
-            print(f"FAILED {self.failures[-1]}", flush=True)
+            self.fail(f"{what}: {type(error).__name__}: {str(error).strip()}")
+            if ON_GPU and DEVICE.type == "cuda":
+                try:
+                    torch.cuda.synchronize()
+                except RuntimeError as broken:
+                    raise BrokenContextError(f"{what}: {str(broken).splitlines()[0]}") from error
+
+    def add(self, kind: str, entry: dict, *key: str) -> None:
+        """In the place of one of the same key."""
+        entries = self.results[kind]
+        entries[:] = [other for other in entries if any(other[name] != entry[name] for name in key)] + [entry]
+        self.write()
 
     def write(self) -> None:
-        if self.out is None:
-            return
-        triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
-        result = {
-            "gpu": self.name,
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "cuda": torch.version.cuda,
-                "triton": triton,
-            },
-            "tests": self.tests,
-            "peaks": self.peaks,
-            "steps": self.steps,
-            "images": self.images,
-            "flow_images": self.flow_images,
-            "targets": targets(self.steps, self.images, self.flow_images),
-            "phases": phases(self.steps, self.peaks),
-            "sanitizer": self.sanitizer,
-            "soak": self.soaked,
-            "skipped": self.skipped,
-            "failures": self.failures,
-        }
-        with written_aside(self.out / f"{slug(self.name)}.json") as aside:
-            aside.write_text(json.dumps(result, indent=1) + "\n")
+        r = self.results
+        r["targets"] = targets(r["steps"], r["images"], r["flow_images"])
+        r["costs"] = costs(r["steps"], r["peaks"])
+        gpu_results.save(self.out, r)
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
 
-
-def order() -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
-    """What the targets are about, then the rest: ("shape", size, rows), ("image", size, images), ("flow_image", model, images)."""
-    first_rows, *other_rows = TARGET_ROWS
-    first = [
-        *(("shape", size, first_rows) for size in TARGET_SIZES),
-        ("image", "MAR-B", 1),
-        *(("flow_image", name, batch) for batch in FLOW_TARGETS for name in FLOW_FIRST),
-        *(("shape", size, rows) for rows in (*other_rows, ROWS[4]) for size in TARGET_SIZES),
-    ]
-    then = [
-        ("shape", "MAR-L", ROWS[256]),
-        *(("image", "MAR-L", batch) for batch in ROWS),
-        *(("shape", size, rows) for size in ("MAR-L", "MAR-B", "MAR-H") for rows in ROWS.values()),
-        *(("flow_image", name, batch) for batch in FLOW_TARGETS for name in FLOW_SETTINGS),
-    ]
-    return first, [one for one in dict.fromkeys(then) if one not in first]
+Inputs = tuple[Tensor, StepTable, Tensor, Tensor]
 
 
-def compile_modes(size: str, rows: int) -> tuple[str, ...]:
-    """Of torch.compile, which takes its time; for many sizes and rows none."""
-    if size == "MAR-L":
-        return COMPILED.get(rows, ("default",))
-    return ("default",) if rows in COMPILED or (size in TARGET_SIZES and rows in TARGET_ROWS) else ()
+def inputs(rows: int, steps: int) -> Inputs:
+    """(z, table, noise, step_noise) of a guided call. A table may have fewer steps than it was asked for."""
+    table, n = solvers.ddpm(steps), rows // 2
+    z, noise = torch.randn(rows, Z_CHANNELS, device=DEVICE), torch.randn(n, 16, device=DEVICE)
+    return z, table, noise, torch.randn(len(table), n, 16, device=DEVICE)
 
 
 def random_head(size: str) -> MLPHead:
+    return random_head_of(*SIZES[size])
+
+
+def random_head_of(width: int, depth: int) -> MLPHead:
     """Of the published shape; a small output layer keeps trajectories tame, as training does."""
     torch.manual_seed(0)
     sd = {}
-    for name, shape in MLPSpec(16, *SIZES[size], Z_CHANNELS).shapes().items():
+    for name, shape in MLPSpec(16, width, depth, Z_CHANNELS).shapes().items():
         scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.1
         sd[name] = torch.randn(shape, device=DEVICE) * (0.3 * scale if name == "final_layer.linear.weight" else scale)
     return MLPHead.from_state_dict(sd)
+
+
+def loop_alone(
+    head: MLPHead, name: str, dtype: torch.dtype, z: Tensor, table: StepTable, noise: Tensor, step_noise: Tensor
+) -> Call:
+    """The guided loop of `cuda` or `triton` as the replay of a graph, over buffers of its own: no call around it."""
+    module, rows = {"cuda": cuda, "triton": triton}[name], graphs.row_bucket(len(z))
+    w = head.packed(name, dtype, module.Weights)
+    if module is cuda:
+        shape = cuda.Shape(len(table), rows, True, True, *cuda.HOISTS)
+    else:
+        shape = triton.Shape(len(table), rows, True, True, tiles.choose(w.gpu, in_words(dtype), w.spec.width, rows), "ieee")
+    buffers = graphs.allocate(module.layout(w, shape), DEVICE)
+    triton.inputs(w, z.to(dtype), table, CFG, 1.0, noise, step_noise)(buffers)
+
+    def run() -> Tensor:
+        buffers["x"][: len(noise)].copy_(noise)
+        module.loop(w, shape, buffers)
+        return buffers["x"][: len(noise)]
+
+    return captured(run)
+
+
+def errors_of(result: Tensor, truth: Tensor) -> dict[str, float]:
+    """Relative L2 error, and the worst element's over the largest; nan where anything is not finite."""
+    difference = result.double() - truth.double()
+    l2, worst = difference.norm() / truth.double().norm(), difference.abs().max() / truth.double().abs().max()
+    return {"relative L2 error": float(l2), "worst element": float(worst)}
+
+
+def in_words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def worth_telling(name: str) -> bool:
+    return "float32" not in name and "no graph" not in name
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def in_precision(precision: str, make: Callable[[], Call]) -> Call:
@@ -484,36 +631,41 @@ def without_graphs(call: Call) -> Call:
     return run
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """By events on a GPU, whose work goes on after the call."""
-    if not ON_GPU:
+def seconds(call: Callable[[], object], calls: int = 1) -> float:
+    """Of one of so many calls, one after the other. By events on a GPU, whose work goes on after the call."""
+    if DEVICE.type != "cuda":
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    call()
+    for _ in range(calls):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def in_turns(calls: dict[str, Callable[[], object]], turns: int = TURNS) -> dict[str, list[float]]:
-    """Each once to warm up, then call by call in turns, so that clocks and neighbours meet all alike."""
-    for call in calls.values():
+    """Seconds of a call. Each once to warm up, then in turns, so that clocks and neighbours meet all alike; as many calls in a row
+    as take SAMPLE_SECONDS, so that the host's start of the first is not what is measured."""
+    often = {}
+    for name, call in calls.items():
         call()
+        often[name] = min(MOST_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(seconds(call), 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
-            times[name].append(seconds(call))
+            times[name].append(seconds(call, often[name]))
     return times
 
 
 def ratios(times: dict[str, list[float]], name: str) -> dict[str, float | None]:
-    """Speed over the published loop, eager in bfloat16 (on a CPU in float32), and over the best of what torch.compile gives."""
+    """Speed over the published loop, eager in bfloat16, and over the best of what torch.compile gives."""
     median = {n: statistics.median(samples) for n, samples in times.items()}
-    eager = median.get("eager bfloat16", median.get("eager float32"))
+    eager = median.get("eager bfloat16")
     compiled = min((t for n, t in median.items() if n.startswith("compile")), default=None)
     return {
         "over_eager": eager / median[name] if eager else None,
@@ -675,13 +827,7 @@ def targets(steps: list[dict], images: list[dict], flow_images: list[dict]) -> l
     return found
 
 
-def is_met(target: dict) -> bool | None:
-    if target["measured"] is None:
-        return None
-    return target["measured"] >= target["target"] if target["unit"] == "x" else target["measured"] <= target["target"]
-
-
-def phases(steps: list[dict], peaks: dict[str, float]) -> list[dict]:
+def costs(steps: list[dict], peaks: dict[str, float]) -> list[dict]:
     """A step of the persistent kernel at 8 rows beside what its exchanges alone would take."""
     found = []
     for entry in steps:
@@ -691,21 +837,6 @@ def phases(steps: list[dict], peaks: dict[str, float]) -> list[dict]:
             us = entry["results"][OURS]["us_per_step"]
             found.append({"size": entry["size"], "us_per_step": us, "exchanges": 2 * depth + 1, "exchange_us": exchange})
     return found
-
-
-def print_targets(gpu: str, found: list[dict], costs: list[dict]) -> None:
-    print()
-    for cost in costs:
-        together = cost["exchanges"] * cost["exchange_us"]
-        print(
-            f"{cost['size']}, 8 rows: {cost['us_per_step']:.1f} us a step of {OURS}; {cost['exchanges']} exchanges of "
-            f"{cost['exchange_us']:.2f} us are {together:.1f} us, {together / cost['us_per_step']:.0%} of it"
-        )
-    print(f"{f'{OURS}, or as said, on {gpu}':64} measured   target")
-    for target in found:
-        measured = "-" if target["measured"] is None else f"{target['measured']:.2f}{target['unit']}"
-        word = {None: "not measured", True: "met", False: "missed"}[is_met(target)]
-        print(f"{target['what']:64} {measured:>8} {target['target']:>5}{target['unit']:3} {word}", flush=True)
 
 
 def print_shape(entry: dict) -> None:
@@ -763,12 +894,3 @@ def plot(steps: list[dict], name: str, path: Path) -> None:
         figure.savefig(aside, dpi=120)
     pyplot.close(figure)
     print(f"written: {path}")
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

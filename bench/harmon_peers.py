@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-if __package__:  # of gpu_report; pytest has this folder on its path, and here no package
+if __package__:  # of gpu_first; pytest has this folder on its path, and here no package
     from .mar_peers import BASE, HUGE, AnnealedDiffLoss, ConstantDiffLoss, DiffLoss, UpstreamMAR, guidance_scale, next_masks
 else:
     from mar_peers import BASE, HUGE, AnnealedDiffLoss, ConstantDiffLoss, DiffLoss, UpstreamMAR, guidance_scale, next_masks

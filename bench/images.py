@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 import disa_fast
@@ -25,7 +26,7 @@ from disa_fast import MLPHead
 from disa_fast.schedule import as_schedule, steps_at
 from disa_fast.systems import SYSTEMS, Model
 
-if __package__:  # of gpu_report; pytest has this folder on its path, and here no package
+if __package__:  # of gpu_first; pytest has this folder on its path, and here no package
     from .flow_peers import flowar_huge, flowar_large, flowar_small, xar_base, xar_huge, xar_large
     from .mar_peers import mar_base, mar_huge, mar_large
     from .shapes import iterations
@@ -255,8 +256,8 @@ class Images:
     def __init__(self, name: str, device: torch.device, batch: int, setting: Setting | None = None) -> None:
         self.setting, self.device, self.batch = setting or SETTINGS[name], device, batch
         torch.manual_seed(0)
-        with device:
-            self.upstream = self.setting.build().eval().requires_grad_(False)
+        with device:  # parameters ask for gradients, as published ones do: only of such does autocast keep what it casts
+            self.upstream = self.setting.build().eval()
         for parameter in self.upstream.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
@@ -276,14 +277,37 @@ class Images:
 
     def eager(self) -> Tensor:
         """Upstream's structure, whose parts may be compiled, or accelerated."""
+        self._seed()
+        return self.setting.draw(self.upstream, self.subjects)
+
+    @staticmethod
+    def _seed() -> None:
         torch.manual_seed(SEED)
         np.random.seed(SEED)
-        return self.setting.draw(self.upstream, self.subjects)
 
     def autocast(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """As upstream's scripts call it, but for the half precision's kind."""
         with torch.autocast(self.device.type, dtype):
             return self.eager()
+
+    def captured(self, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]], dtype: torch.dtype) -> Callable[[], Tensor]:
+        """`autocast` as the replay of one graph. capture: a call as such. What upstream makes on the host and moves to the GPU
+        (times, angles, the noise that a scale or cell begins with) is moved once, before, and is an input from then on."""
+        ahead = MovedAhead()
+
+        def draw() -> Tensor:
+            with torch.autocast(self.device.type, dtype), ahead:
+                return self.setting.draw(self.upstream, self.subjects)
+
+        self._seed()
+        draw()
+        replay = capture(draw)
+
+        def run() -> Tensor:
+            self._seed()
+            return replay()
+
+        return run
 
     def upstreams(self, draw: Callable[[], Tensor]) -> Run:
         """`draw`, by upstream's model."""
@@ -366,6 +390,33 @@ class Images:
         _, watch = self.watched(run)
         of_step = [sum(seconds.values()) for seconds in watch.steps]
         return [seconds / sum(of_step) for seconds in of_step]
+
+
+class MovedAhead(TorchFunctionMode):
+    """Within, what Tensor.to moves to a device it moves in the first run alone; later runs, which make the same moves in the same
+    order, get what was moved then. A CUDA graph cannot hold a copy from ordinary memory of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._moved: list[Tensor] = []
+        self._filled, self._at = False, 0
+
+    def __enter__(self) -> MovedAhead:
+        self._at = 0
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._filled = True
+        super().__exit__(*raised)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        to = [*args[1:2], (kwargs or {}).get("device")]
+        if func is not Tensor.to or args[0].device.type != "cpu" or not any(isinstance(where, torch.device) for where in to):
+            return func(*args, **(kwargs or {}))
+        if not self._filled:
+            self._moved.append(func(*args, **(kwargs or {})))
+        self._at += 1
+        return self._moved[self._at - 1]
 
 
 def lay_out(head: Any) -> None:

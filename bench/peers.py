@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from disa_fast import MLPHead
+from disa_fast.heads.mlp import forward_ref
 from disa_fast.solvers import StepTable
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -15,8 +17,18 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def published_step(head: MLPHead, z: Tensor, dtype: torch.dtype, cfg: float) -> Step:
     """(x, t, row of the table, noise) -> x: the network as the formulas read, guidance, and the update."""
-    network, z = head.network(dtype), z.to(dtype)
+    return _guided(head.network(dtype), z.to(dtype), dtype, cfg)
 
+
+def autocast_step(head: MLPHead, z: Tensor, cfg: float) -> Step:
+    """As published_step's, for torch.autocast around the loop: over float32 parameters of its own that ask for gradients, as a
+    published checkpoint's do. Only then autocast keeps what it casts of them, and casts once a loop, not at every use."""
+    parameters = {name: p.detach().float().requires_grad_() for name, p in head._net.named_parameters()}
+    network = functools.partial(forward_ref, parameters)
+    return _guided(network, z.float(), torch.float32, cfg)
+
+
+def _guided(network: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, dtype: torch.dtype, cfg: float) -> Step:
     def step(x: Tensor, t: Tensor, row: Tensor, noise: Tensor) -> Tensor:
         out = network(torch.cat([x, x]).to(dtype), t.expand(len(z)), z).float()
         eps, v = out.chunk(2, dim=-1)

@@ -207,11 +207,14 @@ def synchronize(gpu: Gpu) -> None:
 # Reporting -----------------------------------------------------------------------------------------------------------
 
 
+def told(peaks: Peaks) -> list[str]:
+    """The names of the few that say most."""
+    few = ("launch us", "graph node us", "barrier us", *(f"exchange 8 x {width} us" for width in cuda.WIDTHS))
+    return [name for name in peaks if name in few or name.startswith("level 2,")]
+
+
 def print_table(peaks: Peaks) -> None:
-    """The exchange as the kernel does it beside the one by a barrier; then all else that was probed."""
-    other = [name for name in peaks if name in ("launch us", "graph node us", "barrier us") or name.startswith("level 2,")]
-    if other:
-        print("probed: " + ", ".join(f"{name} {peaks[name]:.4g}" for name in other))
+    """The exchange as the kernel does it, beside the one by a barrier."""
     print(f"{'from all multiprocessors to all, us':36}    words  barrier    ratio")
     for rows, width in SHAPES:
         words, by_barrier = (peaks.get(f"{name} {rows} x {width} us") for name in EXCHANGES)

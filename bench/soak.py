@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from disa_fast import FlowTransformerHead, MLPHead, Philox, backends, solvers
+from disa_fast.backends import cuda
 from disa_fast.collect_env import cpu_name, version_of
 from disa_fast.files import written_aside
 from disa_fast.heads import flow
@@ -162,6 +163,57 @@ def replay(call: Call, device: str = "cpu", state: int = 0) -> Tensor:
     subject = Subject(call.head, torch.device(device))
     subject.change(state)
     return subject.run(call)
+
+
+def repeated(head: MLPHead, rows: int, calls: int, deadline: float) -> tuple[int, list[str]]:
+    """(how many guided calls of `cuda` were made, what was wrong with some): one call again and again, its bits those of the first.
+    deadline: of time.monotonic()."""
+    table, device = solvers.ddpm(50), head.device
+    generator = torch.Generator().manual_seed(0)
+    z, noise, step_noise = (
+        torch.randn(shape, generator=generator).to(device)
+        for shape in ((rows, head.spec.z_channels), (rows // 2, 16), (len(table), rows // 2, 16))
+    )
+    made, wrong, first = 0, [], None
+    while made < calls and time.monotonic() < deadline:
+        result = head.denoise(z, table, 3.0, noise=noise, step_noise=step_noise, backend="cuda", dtype=torch.bfloat16)
+        first = result if first is None else first
+        if not result.isfinite().all():
+            wrong.append(f"call {made}: {int((~result.isfinite()).sum())} of {result.numel()} numbers are not finite")
+        elif not torch.equal(result, first):
+            wrong.append(f"call {made}: {int((result != first).sum())} of {result.numel()} numbers differ from the first call's")
+        made += 1
+    return made, wrong
+
+
+def given_up(head: MLPHead) -> list[str]:
+    """What is wrong with a launch of `cuda` that gives up at once: it has to end and leave NaN, or be told, and leave the calls
+    after it as they were."""
+    rows, table = 8, solvers.ddpm(50)
+    z = torch.ones(rows, head.spec.z_channels, device=head.device)
+    noise = torch.ones(rows // 2, 16, device=head.device)
+    how = {"cfg": 3.0, "noise": noise, "step_noise": torch.zeros(len(table), rows // 2, 16, device=head.device)}
+    how |= {"backend": "cuda", "dtype": torch.bfloat16}
+    expected = head.denoise(z, table, **how)
+    patience, graphs = cuda.PATIENCE, os.environ.get("DISA_FAST_GRAPHS")
+    cuda.PATIENCE, os.environ["DISA_FAST_GRAPHS"] = 1, "0"
+    wrong = []
+    try:
+        if head.denoise(z, table, **how).isfinite().any():
+            wrong.append("one nanosecond of patience was enough, or what it left looks like a result")
+    finally:
+        cuda.PATIENCE = patience
+        del os.environ["DISA_FAST_GRAPHS"]
+        if graphs is not None:
+            os.environ["DISA_FAST_GRAPHS"] = graphs
+    for what in ("a call", "the next call"):
+        try:
+            if not torch.equal(head.denoise(z, table, **how), expected):
+                wrong.append(f"{what} after it gives another result")
+        except RuntimeError as error:  # which tells of the one that gave up, once
+            if what == "the next call":
+                wrong.append(f"the next call but one still fails: {error}")
+    return wrong
 
 
 class Soak:

@@ -28,7 +28,7 @@ from disa_fast.files import written_aside
 from disa_fast.heads.packing import Packing
 
 from .autocast import Case
-from .gpu_measure import commit
+from .gpu_results import commit
 from .images import SETTINGS, Images
 from .regression import stamp
 from .turns import in_turns, ratio, seconds

@@ -10,31 +10,30 @@ tried at which, as at all smaller ones, `cuda` is faster; 0 if there is none.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from disa_fast import MLPHead, graphs
-from disa_fast.backends import cuda, triton
+from disa_fast import MLPHead
+from disa_fast.backends import cuda
 from disa_fast.files import written_aside
-from disa_fast.kernels.triton import tiles
 
-from .gpu_measure import DEVICE, forget, in_turns, random_head
-from .peers import captured
+from .gpu_measure import DEVICE, forget, in_turns, inputs, loop_alone, random_head
+from .gpu_results import headline
 from .shapes import SIZES
 
 CROSSOVER = Path(__file__).resolve().parent.parent / "kernels" / "cuda" / "crossover.json"
 ROWS = (2, 4, 8, 16, 32, 48, 64)
-STEPS = 10
+LEAST_ROWS = 2
+STEPS = 50
 TURNS = 20
 
 
 def fastest_up_to(rows: Iterable[int], speed: Callable[[int], float]) -> int:
-    """speed: of `cuda` over `triton`, 0 where it does not run. Larger numbers than the first that is slower are not tried."""
+    """speed: of `cuda` over `triton`. Larger numbers than the first that is slower are not tried."""
     largest = 0
     for count in sorted(rows):
         if not speed(count) > 1:
@@ -44,64 +43,39 @@ def fastest_up_to(rows: Iterable[int], speed: Callable[[int], float]) -> int:
 
 
 def speed(head: MLPHead, rows: int) -> float:
-    """Of `cuda` over `triton`, the median of turns."""
+    """Of `cuda` over `triton`, the median of turns; 0 for more rows than `cuda` serves. RuntimeError where it serves no call at
+    all, of which nothing is to be concluded: the native core is missing, a driver is too old."""
     reason = cuda.refuses(head.spec, torch.bfloat16, DEVICE, rows)
     if reason is not None:
+        at_all = cuda.refuses(head.spec, torch.bfloat16, DEVICE, LEAST_ROWS)
+        if at_all is not None:
+            raise RuntimeError(f"cuda cannot be timed here: {at_all}")
         print(f"  {rows} rows: {reason}", flush=True)
         return 0.0
-    times = in_turns({"cuda": cuda_loop(head, rows), "triton": triton_loop(head, rows)}, turns=TURNS)
+    data = inputs(rows, STEPS)
+    calls = {name: loop_alone(head, name, torch.bfloat16, *data) for name in ("cuda", "triton")}
+    times = in_turns(calls, turns=TURNS)
     found = statistics.median(b / a for a, b in zip(times["cuda"], times["triton"], strict=True))
-    taken = ", ".join(f"{name} {statistics.median(times[name]) / STEPS * 1e6:.1f} us a step" for name in times)
-    print(f"  {rows} rows: {taken}, {found:.2f}x", flush=True)
+    steps = len(data[1])
+    taken = ", ".join(f"{name} {statistics.median(times[name]) / steps * 1e6:.1f} us a step" for name in times)
+    headline(f"{rows} rows: {taken}, {found:.2f}x")
     return found
 
 
-def cuda_loop(head: MLPHead, rows: int) -> Callable[[], object]:
-    w = head.packed("cuda", torch.bfloat16, cuda.Weights)
-    shape = cuda.Shape(STEPS, rows, True, True, *cuda.HOISTS)
-    return as_graph(functools.partial(cuda.loop, w, shape), cuda.layout(w, shape))
-
-
-def triton_loop(head: MLPHead, rows: int) -> Callable[[], object]:
-    w = head.packed("triton", torch.bfloat16, triton.Weights)
-    shape = triton.Shape(STEPS, rows, True, True, tiles.choose(w.gpu, "bfloat16", w.spec.width, rows), "ieee")
-    return as_graph(functools.partial(triton.loop, w, shape), triton.layout(w, shape))
-
-
-def as_graph(loop: Callable[[graphs.Buffers], None], layout: graphs.Layout) -> Callable[[], object]:
-    """The replay of a guided loop over buffers of its own, which it returns: so they live as long as it does."""
-    buffers = filled(layout)
-
-    def run() -> graphs.Buffers:
-        loop(buffers)
-        return buffers
-
-    return captured(run)
-
-
-def filled(layout: graphs.Layout) -> graphs.Buffers:
-    buffers = graphs.allocate(layout, DEVICE)
-    for buffer in buffers.values():
-        if buffer.is_floating_point():
-            buffer.normal_(std=0.1)
-        else:
-            buffer.zero_()
-    return buffers
-
-
-def write(gpu: str, width: int, rows: int) -> None:
-    table = json.loads(CROSSOVER.read_text())
+def write(path: Path, gpu: str, width: int, rows: int) -> None:
+    table = json.loads((path if path.exists() else CROSSOVER).read_text())
     table.setdefault(gpu, {})[str(width)] = rows
-    with written_aside(CROSSOVER) as aside:
+    with written_aside(path) as aside:
         aside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune_cuda", description=" ".join(__doc__.split("\n\n")[0].split()))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--out", type=Path, default=CROSSOVER, help="file to write, after each size (default: the one that ships)")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if DEVICE.type != "cuda":
         parser.error("needs a GPU; torch sees none")
     gpu = torch.cuda.get_device_name()
@@ -109,9 +83,9 @@ def main() -> None:
         print(f"{size} on {gpu}", flush=True)
         head = random_head(size)
         largest = fastest_up_to(options.rows, lambda rows, head=head: speed(head, rows))
-        print(f"{size}: cuda up to {largest} rows", flush=True)
+        headline(f"{size}: cuda up to {largest} rows")
         if not options.dry_run:
-            write(gpu, SIZES[size][0], largest)
+            write(options.out, gpu, SIZES[size][0], largest)
         forget()
 
 

@@ -42,7 +42,9 @@ def test_everything_is_measured(probes, capsys):
     assert all(value > 0 for value in peaks.values())
     probes.print_table(peaks)
     printed = capsys.readouterr().out
-    assert printed.startswith("probed: launch us ")
+    told = ["launch us", "graph node us", "barrier us", "level 2, 1 MiB, GB/s"]
+    assert probes.told(peaks) == told
+    assert probes.told({"exchange 8 x 1280 us": 1.0}) == ["exchange 8 x 1280 us"]
     assert "16 rows of 1536" in printed
 
 

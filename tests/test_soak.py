@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,77 @@ def test_it_ends_in_time(soak):
     assert 0 < result["calls"] < 10**5
     assert result["seconds"] < 5
     assert result["failures"] == []
+
+
+# The persistent kernel ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_cuda(soak, monkeypatch, one_thread):
+    """change(call, result): `hoisted` in the place of `cuda`, with results changed by the number of the call."""
+
+    def use(change=lambda call, result: result):
+        numbers = iter(range(10**9))
+
+        def denoise(self, *arguments, right=MLPHead.denoise, **how):
+            assert how.pop("backend") == "cuda"
+            return change(next(numbers), right(self, *arguments, backend="hoisted", **how))
+
+        monkeypatch.setattr(MLPHead, "denoise", denoise)
+        return soak.Subject("MLP", torch.device("cpu")).head
+
+    monkeypatch.setitem(soak.SPECS, "MLP", (soak.MLPSpec(16, 32, 1, 32), torch.float32))
+    return use
+
+
+def test_one_call_again_and_again(soak, as_cuda):
+    assert soak.repeated(as_cuda(), 8, 4, deadline=time.monotonic() + 1000) == (4, [])
+    assert soak.repeated(soak.Subject("MLP", torch.device("cpu")).head, 8, 4, deadline=0) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(1e-6, "1 of 128 numbers differ from the first call's"), (torch.nan, "1 of 128 numbers are not finite")]
+)
+def test_one_call_that_is_wrong_among_many_is_found(soak, as_cuda, value, said):
+    def change(call, result):
+        result[0, 0] += value if call == 2 else 0
+        return result
+
+    assert soak.repeated(as_cuda(change), 8, 4, deadline=time.monotonic() + 1000) == (4, [f"call 2: {said}"])
+
+
+BEFORE, GIVES_UP, NEXT, NEXT_BUT_ONE = range(4)  # calls of soak.given_up
+OTHER_BITS = [f"{what} after it gives another result" for what in ("a call", "the next call")]
+
+
+def spoiled(*calls, raises=()):
+    """Those calls give NaN; those of `raises` raise, as one does that tells of an earlier one."""
+
+    def change(call, result):
+        if call in raises:
+            raise RuntimeError("an earlier call gave up")
+        return result.fill_(torch.nan) if call in calls else result
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (spoiled(GIVES_UP), []),
+        (spoiled(GIVES_UP, raises=[NEXT]), []),
+        (spoiled(), ["one nanosecond of patience was enough, or what it left looks like a result"]),
+        (spoiled(GIVES_UP, NEXT), OTHER_BITS[:1]),
+        (spoiled(GIVES_UP, NEXT, NEXT_BUT_ONE), OTHER_BITS),
+        (spoiled(GIVES_UP, raises=[NEXT, NEXT_BUT_ONE]), ["the next call but one still fails: an earlier call gave up"]),
+    ],
+)
+def test_a_launch_that_gives_up(soak, as_cuda, monkeypatch, change, wrong):
+    monkeypatch.setenv("DISA_FAST_GRAPHS", "1")
+    patience = soak.cuda.PATIENCE
+    assert soak.given_up(as_cuda(change)) == wrong
+    assert patience == soak.cuda.PATIENCE
+    assert soak.os.environ["DISA_FAST_GRAPHS"] == "1"
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------

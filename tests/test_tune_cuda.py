@@ -54,8 +54,8 @@ def test_the_largest_below_which_all_are_faster(tune, faster, expected):
 
 def test_speed_is_the_median_of_turns(tune, monkeypatch):
     times = {"cuda": [1.0, 2.0, 9.0], "triton": [3.0, 3.0, 3.0]}
-    for name in ("cuda_loop", "triton_loop"):
-        monkeypatch.setattr(tune, name, lambda head, rows: rows)
+    monkeypatch.setattr(tune, "loop_alone", lambda head, name, dtype, *data: data)
+    monkeypatch.setattr(tune, "inputs", lambda rows, steps: (None, range(steps)))
     monkeypatch.setattr(tune, "in_turns", lambda calls, turns: times)
     monkeypatch.setattr(cuda, "refuses", lambda spec, dtype, device, rows: "too many" if rows > 8 else None)
     head = type("Head", (), {"spec": None})
@@ -63,10 +63,33 @@ def test_speed_is_the_median_of_turns(tune, monkeypatch):
     assert tune.speed(head, 16) == 0
 
 
+def test_nothing_is_written_where_cuda_cannot_run(tune, monkeypatch):
+    """A native core that is missing says nothing about speed: 0 in the table would keep `auto` from `cuda` on that GPU for good."""
+    monkeypatch.setattr(cuda, "refuses", lambda spec, dtype, device, rows: "the native core is not part of this installation")
+    monkeypatch.setattr(tune, "random_head", lambda size: type("Head", (), {"spec": None}))
+    before = tune.CROSSOVER.read_text()
+    with pytest.raises(RuntimeError, match="cuda cannot be timed here: the native core is not part"):
+        tune.main([])
+    assert tune.CROSSOVER.read_text() == before
+
+
+def test_it_is_written_after_each_size_to_where_it_is_asked_for(tune, monkeypatch, tmp_path):
+    def speed(head, rows):
+        if head == "MAR-L":
+            raise RuntimeError("the GPU is gone")
+        return FASTER[rows]
+
+    monkeypatch.setattr(tune, "speed", speed)
+    before, out = tune.CROSSOVER.read_text(), tmp_path / "out" / "crossover.json"
+    with pytest.raises(RuntimeError, match="gone"):
+        tune.main(["--out", str(out), "--sizes", "MAR-B", "MAR-L"])
+    assert json.loads(out.read_text()) == {"NVIDIA X": {"1024": 16}, "NVIDIA Y": {"1280": 4}}
+    assert tune.CROSSOVER.read_text() == before
+
+
 def test_what_is_written_is_what_is_then_chosen(tune, monkeypatch, capsys):
     monkeypatch.setattr(tune, "speed", lambda head, rows: FASTER[rows] if head == "MAR-L" else 0.5)
-    monkeypatch.setattr("sys.argv", ["tune_cuda", "--sizes", "MAR-L", "MAR-H"])
-    tune.main()
+    tune.main(["--out", str(tune.CROSSOVER), "--sizes", "MAR-L", "MAR-H"])
     assert json.loads(tune.CROSSOVER.read_text()) == {"NVIDIA X": {"1280": 16, "1536": 0}, "NVIDIA Y": {"1280": 4}}
     assert "MAR-L: cuda up to 16 rows" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -102,7 +125,9 @@ def test_both_loops_run(tune, monkeypatch):
     host_gpu.use(monkeypatch, host_gpu.HostGpu())
     monkeypatch.setitem(gpu_measure.SIZES, "MAR-B", (32, 1))
     monkeypatch.setattr(gpu_measure, "Z_CHANNELS", 32)
-    for name, value in {"DEVICE": host_gpu.CPU, "captured": lambda loop: loop, "STEPS": 1, "TURNS": 1}.items():
+    for name, value in {"DEVICE": host_gpu.CPU, "STEPS": 1, "TURNS": 1}.items():
         monkeypatch.setattr(tune, name, value)
+    monkeypatch.setattr(gpu_measure, "captured", lambda loop: loop)
+    monkeypatch.setattr(gpu_measure, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(cuda, "PATIENCE", 100 * cuda.PATIENCE)
     assert tune.speed(gpu_measure.random_head("MAR-B"), 4) > 0
