@@ -51,6 +51,12 @@ SPECS: dict[str, tuple[MLPSpec | FlowTransformerSpec, torch.dtype]] = {  # and t
     "FlowAR with cross-attention": (FlowTransformerSpec(16, 64, 1, 48, cross=True), torch.float32),
 }
 BACKENDS = {"cpu": ("cpu", "hoisted", "reference"), "cuda": ("cuda", "triton", "hoisted", "reference")}  # by kind of device
+MLP_SOLVERS = {
+    "ddpm": solvers.ddpm,
+    "ddim": solvers.ddim,
+    "dpm_solver": solvers.dpm_solver,
+    "dpm_solver++": functools.partial(solvers.dpm_solver, plus_plus=True),
+}  # and not by name, which gives the same table each time
 FLOW_SOLVERS = {"euler": functools.partial(solvers.flow_euler, grid="uniform"), "euler_maruyama": solvers.flow_euler_maruyama}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 STEPS = (1, 2, 4, 7)
@@ -142,7 +148,7 @@ def arguments(call: Call, head: MLPHead | FlowTransformerHead) -> dict[str, Any]
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(head.device)
 
-    solver = solvers.resolve(call.solver) if is_mlp else FLOW_SOLVERS[call.solver]
+    solver = (MLP_SOLVERS if is_mlp else FLOW_SOLVERS)[call.solver]
     made = {name: getattr(call, name) for name in ("cfg", "temperature", "backend")}
     made |= {"z": randn(call.rows, *tokens, spec.z_channels), "table": solver(call.steps), "dtype": getattr(torch, call.dtype)}
     made |= {"batch_invariant": call.batch_invariant} if is_mlp else {"guidance": call.guidance}
@@ -269,7 +275,7 @@ class Soak:
             dtype=dtype,
             rows=rows if cfg == 1 else rows + rows % 2,
             tokens=choice(TOKENS),
-            solver=choice(solvers.NAMES if is_mlp else list(FLOW_SOLVERS)),
+            solver=choice(list(MLP_SOLVERS if is_mlp else FLOW_SOLVERS)),
             steps=choice(STEPS),
             cfg=cfg,
             guidance=choice(((0.0, 1.0), (0.0, 0.9), (0.3, 0.8))),

@@ -562,7 +562,9 @@ def test_kernels_in_the_documentation_exist():
     sources = "".join(path.read_text() for path in (ROOT / "kernels" / "triton").glob("*.py"))
     named = set(re.findall(r"\b\w+_kernel\b", DOC))
     assert named == set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
-    assert set(re.findall(r"\bmlp_denoise_(?:\d+|any)\b", DOC)) == set(cuda.ENTRIES)
+    entries = re.findall(r"\bmlp_denoise_(?:\d+|any)\b", DOC)
+    assert "each also with `_float16`" in DOC
+    assert {name + suffix for name in entries for suffix in ("", "_float16")} == set(cuda.ENTRIES)
     in_source = re.findall(r"^DISA_FAST_ENTRY\((\w+),", (ROOT / "kernels" / "cuda" / "mlp_denoise.cu").read_text(), re.MULTILINE)
     assert set(cuda.ENTRIES) == set(in_source)
 

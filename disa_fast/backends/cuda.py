@@ -268,8 +268,9 @@ def launch(w: Weights, shape: Shape, b: Buffers, steps: range, modulation: Tenso
 
 def raise_if_gave_up(on: Gpu) -> None:
     """RuntimeError, once, if a launch before now gave up, a graph's replay or not. Does not wait for launches that still run."""
-    if on.gave_up.item():
-        on.gave_up.zero_()
+    flag = on.gave_up.numpy()  # no operators of PyTorch, which inference mode may forbid, and which take longer
+    if flag[0]:
+        flag[0] = 0
         raise RuntimeError(
             f"backend cuda: an earlier call on this GPU gave up after {PATIENCE / 1e9:g} s and returned NaN: its thread blocks did "
             "not all run (a limit of MPS, another program, a debugger, a GPU that stood still). Discard what it returned; the "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import onednn
 from ..heads import flow
+from ..heads.packing import read_here
 from ..solvers import StepTable
 from ..transformer import RMS_EPS, Layer, Plain, Rotation
 from .reference import update
@@ -152,5 +153,5 @@ def integrate_by(ops: Plain, budget: int, head: FlowHead, call: FlowCall) -> Ten
     """The hoisted loop with the parts of blocks computed by `ops`. budget: bytes of modulation at a time."""
     w = head.weights(call.dtype, ops)
     velocity = head.hoisted(ops, w, w.time_table(call.table), call.guided, call.needed(), call.at, budget)
-    steps = flow.coefficients(call.table, call.noise.device)
+    steps = read_here(flow.coefficients(call.table, call.noise.device))
     return flow.integrate(velocity, steps, call.guided, call.noisy(), call.cfg, call.temperature, call.noise, call.step_noise)

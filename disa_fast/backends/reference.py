@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..heads import flow
+from ..heads.packing import read_here
 from ..solvers import StepTable
 from ..transformer import Plain, plain
 
@@ -85,5 +86,5 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
         full = (x if len(x) == rows else torch.cat([x, x])).to(call.dtype)
         return network(full, times[i].expand(rows), call.at, **call.context)[: len(x)]
 
-    steps = flow.coefficients(call.table, call.noise.device)
+    steps = read_here(flow.coefficients(call.table, call.noise.device))
     return flow.integrate(velocity, steps, call.guided, call.noisy(), call.cfg, call.temperature, call.noise, call.step_noise)

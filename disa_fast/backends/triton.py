@@ -414,7 +414,7 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
     device, context, ops = call.noise.device, call.needed(), TritonOps(call.dtype)
     (n, tokens, _), rows = call.noise.shape, len(next(iter(context.values())))
     shape = FlowShape(len(call.table), n, tokens, call.at, call.guided, call.noisy(), torch.get_float32_matmul_precision())
-    w, steps = head.weights(call.dtype, ops), flow.coefficients(call.table, device)
+    w, steps = head.weights(call.dtype, ops), read_here(flow.coefficients(call.table, device))
     times = w.time_table(call.table)
 
     def layout() -> Layout:

@@ -22,7 +22,7 @@ from ..graphs import Graphs
 from ..solvers import StepTable
 from ..transformer import GATED_MLP, PLAIN, Plain
 from .mlp import Draw, TimeTables, without_autocast
-from .packing import Packing, named_tensors, read_here, settle
+from .packing import Packing, named_tensors, settle
 
 Context = Mapping[str, Tensor]
 Velocity = Callable[[int, Tensor], Tensor]
@@ -225,13 +225,9 @@ def _trajectories(
 # The loop --------------------------------------------------------------------------------------------------------------
 
 
-def coefficients(table: StepTable, device: torch.device) -> Tensor:
-    """[T, 4] float64: a, b, c and the deviation of the noise of every step."""
-    return read_here(_coefficients(table, device))
-
-
 @functools.lru_cache(256)
-def _coefficients(table: StepTable, device: torch.device) -> Tensor:
+def coefficients(table: StepTable, device: torch.device) -> Tensor:
+    """[T, 4] float64: a, b, c and the deviation of the noise of every step. `packing.read_here` what is used on a GPU."""
     with np.errstate(over="ignore"):
         deviation = np.where(table.noisy, np.exp(table.l0 / 2), 0.0)
     packed = torch.from_numpy(np.stack([table.a, table.b, table.c, deviation], axis=1)).to(device)

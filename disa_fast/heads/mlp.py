@@ -505,8 +505,9 @@ def draws_of(generator: torch.Generator | None, device: torch.device) -> tuple[D
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """torch.autocast off, for which nothing is done where it is."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    """torch.autocast off, for which nothing is done where it is or there is none."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 class TorchDraw:
