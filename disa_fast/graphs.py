@@ -197,12 +197,15 @@ class Graphs:
             if entry is None:
                 self.eager += 1
                 return None
-            fill(entry.buffers)
-            with profiling.range(profiling.REPLAY, key):
-                entry.replay()
-            copied = result(entry.buffers)
-            self._release(entry.arena)
-            return copied
+            try:
+                fill(entry.buffers)
+                with profiling.range(profiling.REPLAY, key):
+                    entry.replay()
+                return result(entry.buffers)
+            finally:  # also after an error: what was launched before it may still run
+                if self.device.type == "cuda":
+                    entry.arena.record_stream(torch.cuda.current_stream(self.device))
+                self._release()
 
     def counters(self) -> dict[str, int]:
         """captures, hits, evictions, eager (calls without a graph), failures (captures that did not succeed), graphs, bytes."""
@@ -237,7 +240,11 @@ class Graphs:
             fill(buffers)
             with profiling.range(profiling.CAPTURE, key):
                 replay, own_bytes = self._capture_loop(lambda: loop(buffers))
-        except RuntimeError as error:  # out of memory, or something that another thread did on this device and no capture survives
+        except BaseException as error:
+            self._release()
+            # Out of memory, or something that another thread did on this device and no capture survives
+            if not isinstance(error, RuntimeError):
+                raise
             self.failures += 1
             self._failed_in_a_row += 1
             if isinstance(error, torch.OutOfMemoryError):
@@ -262,10 +269,10 @@ class Graphs:
         if self._free is not None:
             torch.cuda.current_stream(self.device).wait_event(self._free)
 
-    def _release(self, arena: Tensor) -> None:
+    def _release(self) -> None:
+        """The arena is the next call's once this stream has done what was asked of it until now."""
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
-            arena.record_stream(stream)
             if self._free is None:
                 self._free = torch.cuda.Event()
                 # Graphs may not go, and their pool with them, before the last replay has ended. A wait for an event is one that

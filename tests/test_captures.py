@@ -326,6 +326,27 @@ def test_an_arena_waits_for_the_stream_that_fills_it(cuda, monkeypatch, fails):
     assert [stream.cuda_stream for _, stream in cuda.recorded] == [side.cuda_stream] * (1 if fails else 2)
 
 
+def check_an_error_releases_the_arena(cuda: TorchCuda, where: str) -> None:
+    def wrong(buffers: graphs.Buffers) -> torch.Tensor:
+        raise LookupError("wrong")
+
+    parts = {"fill": lambda b: None, "loop": lambda b: None, "result": lambda b: b["x"]}
+    side, cache, layout = torch.cuda.Stream(), Graphs(GPU, _CudaCapture(GPU)), {"x": ((2,), torch.float32)}
+    with torch.cuda.stream(side), pytest.raises(LookupError, match="wrong"):
+        cache.run("a", 2, lambda: layout, *(parts | {where: wrong}).values())
+    assert side in cuda.events
+
+
+@pytest.mark.parametrize("where", ["fill", "loop", "result"])
+def test_the_next_call_waits_for_one_that_raised(cuda, monkeypatch, where):
+    """Its launches before the error may still read and write the arena that they share."""
+    monkeypatch.setattr(Graphs, "_arena_of", lambda self, size: torch.empty(size, dtype=torch.uint8))
+    check_an_error_releases_the_arena(cuda, where)
+    monkeypatch.setattr(Graphs, "_release", lambda self: None)
+    with pytest.raises(AssertionError):
+        check_an_error_releases_the_arena(cuda, where)
+
+
 def test_graphs_go_after_their_last_replay(cuda, monkeypatch):
     monkeypatch.setattr(Graphs, "_arena_of", lambda self, size: torch.empty(size, dtype=torch.uint8))
     cache = Graphs(GPU, _CudaCapture(GPU))

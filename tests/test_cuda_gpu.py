@@ -1,12 +1,12 @@
 """On a GPU: the persistent CUDA kernel. Its formulas and its waiting are checked without one in test_cuda.py."""
 
 import copy
-import dataclasses
 import functools
 
 import pytest
 import torch
 from compare import assert_as_good_as, assert_close
+from soak import WithoutABlock
 from test_gpu import GPU, call, fitted_head
 
 from disa_fast import MLPHead, Philox, backends, graphs, jit, solvers
@@ -118,15 +118,9 @@ def test_giving_up_is_told_at_the_next_call(head):
     for buffer in b.values():
         buffer.zero_()
 
-    class WithoutABlock:
-        multiprocessors, shared_bytes, warps, gave_up = on.multiprocessors, on.shared_bytes, on.warps, on.gave_up
-
-        def launch(self, entry: str, call: cuda.Call, plan: cuda.Plan) -> None:
-            on.launch(entry, call, dataclasses.replace(plan, blocks=plan.blocks - 1))
-
     def give_up() -> None:
         b["x"].zero_()
-        cuda.launch(w, shape, b, range(2), b["modulation"], WithoutABlock(), patience=1_000_000)
+        cuda.launch(w, shape, b, range(2), b["modulation"], WithoutABlock(on), patience=1_000_000)
 
     give_up()
     torch.cuda.synchronize()

@@ -489,3 +489,12 @@ def test_what_is_told(model, quick, nvtx, capsys):
     shape = f"T=3 images=1 tokens=4 at={at} guided=2"
     denoise = "denoise T=3 rows=8 backend=triton"
     assert nvtx.ranges == [denoise, f"capture {shape}", f"replay {shape}", denoise, f"replay {shape}"]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_go_before_the_tables_that_they_read(kind):
+    """An object's attributes go in the order in which they came, and those graphs wait for their last replay."""
+    model = small_model(kind)
+    w = vars(model.head.weights(torch.float32, TritonOps(torch.float32)))
+    assert next(iter(w)) == "graphs" or "rotation" not in w

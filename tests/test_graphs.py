@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import types
 
 import pytest
 import torch
@@ -298,6 +299,18 @@ def test_other_steps_rows_guidance_noise_and_precision_are_other_graphs(head):
         torch.set_float32_matmul_precision(before)
     assert cache.counters()["captures"] == 6
     assert cache.counters()["hits"] == 0
+
+
+@pytest.mark.parametrize(("set_to", "precision"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_the_newer_switch_of_float32_products_counts(monkeypatch, set_to, precision):
+    """Once it was set, the older getter raises."""
+
+    def raises():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(fp32_precision=set_to))
+    assert triton._precision() == precision
 
 
 @pytest.mark.interpreter

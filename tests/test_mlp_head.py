@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+import test_gpu
 import torch
 from compare import assert_as_good_as, assert_close
 from random_parameters import random_parameters
@@ -311,6 +312,15 @@ def test_inference_mode_and_after_it(z):
     with torch.inference_mode():
         born_inside = random_head()
     assert torch.equal(born_inside.denoise(z, solvers.ddim(4), noise=torch.ones(6, 16)), inside)
+
+
+@pytest.mark.parametrize(("rows", "steps", "cfg"), [(8, 50, 3.0), (5, 3, 1.0)])
+def test_what_the_tests_on_a_gpu_call_is_served(monkeypatch, rows, steps, cfg):
+    """50 steps of ddpm are a table of 48."""
+    monkeypatch.setattr(test_gpu, "GPU", torch.device("cpu"))
+    head = test_gpu.fitted_head(64, 1, torch.float32)
+    out = head.denoise(**test_gpu.call(rows, steps, cfg, torch.float32), backend="hoisted")
+    assert out.shape == (rows, 16)
 
 
 @pytest.mark.gpu

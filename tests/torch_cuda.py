@@ -64,6 +64,7 @@ class TorchCuda:
         self.to_spoil = ""  # of the next capture: its "begin", "end" or "instantiation"
         self.recorded: list[tuple[torch.Tensor, Stream]] = []  # by Tensor.record_stream
         self.waits: list[str] = []  # of the host
+        self.events: list[Stream] = []  # that recorded one
         self.aborted: list[str] = []  # errors of destructors, which end the process
         self._numbers, self._asked = itertools.count(1), itertools.count()
         self._handed_out: dict[int, itertools.cycle] = {}
@@ -76,7 +77,7 @@ class TorchCuda:
 
         class Event:
             def record(self, stream: Stream) -> None:
-                pass
+                cuda.events.append(stream)
 
             def synchronize(self) -> None:
                 cuda.waits.append("event")

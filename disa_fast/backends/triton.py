@@ -382,6 +382,9 @@ def _launch(shape: Shape) -> dict[str, bool]:
 
 def _precision() -> str:
     """Of products of float32 operands; as torch.set_float32_matmul_precision has it for torch's own."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9; once it was set, the getter below raises
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -413,7 +416,7 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
     """Matrix products and attention are the library's, what lies between them is in kernels/triton."""
     device, context, ops = call.noise.device, call.needed(), TritonOps(call.dtype)
     (n, tokens, _), rows = call.noise.shape, len(next(iter(context.values())))
-    shape = FlowShape(len(call.table), n, tokens, call.at, call.guided, call.noisy(), torch.get_float32_matmul_precision())
+    shape = FlowShape(len(call.table), n, tokens, call.at, call.guided, call.noisy(), _precision())
     w, steps = head.weights(call.dtype, ops), read_here(flow.coefficients(call.table, device))
     times = w.time_table(call.table)
 

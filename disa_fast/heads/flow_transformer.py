@@ -48,7 +48,7 @@ from ..transformer import (
 from ..untraced import untraced
 from .flow import Context, FlowHead, FlowWeights, Velocity, check_table, chunk_from, draw_flow_noise
 from .mlp import FREQUENCIES, TimeTables, draws_of, embed_time
-from .packing import holding, parameters_of, settle, state_of
+from .packing import holding, parameters_of, read_here, settle, state_of
 
 HEAD_DIM = 64
 
@@ -200,6 +200,7 @@ class FlowTransformerNet(nn.Module):
 class FlowTransformerWeights(FlowWeights):
     def __init__(self, p: Mapping[str, Tensor], spec: FlowTransformerSpec, dtype: torch.dtype, ops: Plain) -> None:
         p = in_dtype(p, dtype)
+        super().__init__(ops, p["input_proj.weight"].device)  # first: what goes first waits for replays that read the rest
 
         def layer(name: str) -> Layer:
             return p[name + ".weight"], p[name + ".bias"]
@@ -216,7 +217,6 @@ class FlowTransformerWeights(FlowWeights):
         # All by name, for the reference. A cast of what was laid out anew is not kept beside it.
         self.parameters = {name: tensor for name, tensor in p.items() if GATED_MLP not in name or ops.layout == PLAIN.layout}
         self.time_table = TimeTables(functools.partial(embed_flow_time, self.parameters), self.cond[0].device)
-        super().__init__(ops, self.cond[0].device)
 
 
 def kept_rotation(freqs: Tensor, side: int) -> Rotation:
@@ -317,7 +317,7 @@ class FlowTransformerHead(FlowHead):
         """H1, cond_embed once (H2), cross-attention's keys and values and the modulation by time alone once (H7), the other
         modulation for several steps at a time where there is room (H3)."""
         z = context["z"]
-        rotation = w.rotation(side_of(z.shape[1]))
+        rotation = tuple(map(read_here, w.rotation(side_of(z.shape[1]))))
         condition = ops.linear(z, w.cond)
         cross = [cross_keys_values(ops, b, z, rotation) if w.spec.cross else None for b in w.blocks]
         by_time = [ops.linear(F.silu(times), layer) for layer in w.of_time]

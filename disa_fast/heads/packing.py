@@ -83,7 +83,10 @@ class Packing:
         self._digest = _NOTHING
 
     def _read_here(self) -> None:
-        """From now on the memory of what is laid out, once freed, also waits for the current stream before it is used again."""
+        """From now on the memory of what is laid out, once freed, also waits for the current stream before it is used again.
+
+        PyTorch forgets that for a stream which is told during one capture, any thread's, of memory that is freed during one.
+        """
         stream = torch.cuda.current_stream(self.device)
         if stream.cuda_stream not in self._streams:
             for tensor in tensors_in(self._packed):
