@@ -5,9 +5,12 @@ Without PyTorch, so that the process that starts the phases can do without it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 REPORT, LOG, FAILURES = "report.json", "log.txt", "failures.txt"
@@ -23,6 +26,7 @@ IN_SHORT = {
 }
 MARK = "! "  # begins a line of a phase that is for the terminal too
 DONE, LEFT_OUT = "done", "left out"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 EMPTY: dict = {
     "gpu": None,
     "date": None,
@@ -63,6 +67,12 @@ def commit() -> str:
     except OSError:
         said = ""
     return said or os.environ.get("DISA_FAST_COMMIT") or "unknown"
+
+
+def end_with_parent() -> None:
+    """This process, which may be of another group, is killed as soon as the one that started it ends in whatever way (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def headline(text: str) -> None:
