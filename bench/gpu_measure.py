@@ -166,7 +166,8 @@ class Report:
         same = torch.equal(ours, again)
         print(f"{what}: errors {errors}, eager {bars}, host {host * 1e6:.0f} us a call", flush=True)
         of_eager = errors["relative L2 error"] / bars["relative L2 error"]
-        headline(
+        tell = print if name == "hoisted" else headline  # which is here to compare with
+        tell(
             f"{gpu_results.in_short(what)}: error {errors['relative L2 error']:.1e}, {of_eager:.2f} of eager's; "
             f"first {first:.1f} s, {us:.1f} us a step"
         )
@@ -455,7 +456,11 @@ class Report:
         tuner.main()
 
     def crossover(self) -> None:
-        """tune_cuda.py, over what ships; what it finds lies in `out`."""
+        """tune_cuda.py, over what ships, against Triton with the tiles that were found before; what it finds lies in `out`."""
+        if (self.out / gpu_results.TUNED).exists():
+            tiles.TUNED = self.out / gpu_results.TUNED
+            tiles.tuned.cache_clear()
+            tiles.choose.cache_clear()
         tuner = importlib.import_module("bench.tune_cuda")
         tuner.main(["--out", str(self.out / gpu_results.CROSSOVER)])
 
@@ -523,7 +528,7 @@ class Report:
     def out_of_time(self, what: str, needed: float = SLACK) -> bool:
         over = time.monotonic() > self.deadline - needed
         if over:
-            self.skipped.append(f"{what}: out of time")
+            self.skipped.append(f"{what}{gpu_results.OUT_OF_TIME}")
         return over
 
     def fail(self, line: str) -> None:

@@ -26,6 +26,7 @@ IN_SHORT = {
 }
 MARK = "! "  # begins a line of a phase that is for the terminal too
 DONE, LEFT_OUT = "done", "left out"
+OUT_OF_TIME = ": out of time"
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 EMPTY: dict = {
     "gpu": None,
@@ -135,6 +136,7 @@ def summary(results: dict) -> list[str]:
             lines.append(f"{target['what']}: {target['measured']:.2f}{target['unit']}, target {target['target']}, {word}")
     lines += costs_in_words(results["costs"])
     skipped = list(dict.fromkeys(line for run in runs.values() for line in run["skipped"]))
+    skipped.sort(key=lambda line: not line.endswith(OUT_OF_TIME))  # the others are mostly what a backend does not serve
     return lines + first_of([f"skipped: {line}" for line in skipped], 6)
 
 

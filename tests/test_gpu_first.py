@@ -204,6 +204,15 @@ def test_nothing_is_cut_where_there_is_room(results, tmp_path):
     assert (tmp_path / "log.txt").read_text().count("line") == 9
 
 
+def test_what_was_left_for_want_of_time_is_told_before_what_is_not_served(results):
+    report = dict(results.EMPTY)
+    skipped = [f"cuda float32, {rows} rows: has no float32" for rows in range(9)] + ["MAR-B, 2 rows, compiled: out of time"]
+    report["runs"] = {"a": {"state": "done", "seconds": 1, "limit": 2, "failures": [], "skipped": skipped}}
+    told = [line for line in results.summary(report) if line.startswith("skipped")]
+    assert told[0] == "skipped: MAR-B, 2 rows, compiled: out of time"
+    assert len(told) == 6
+
+
 def test_a_log_has_an_end(first, script, tmp_path, monkeypatch):
     monkeypatch.setattr(first, "LOG_BYTES", 10_000)
     script(a="for i in range(5000): print('x' * 100)")

@@ -442,6 +442,23 @@ def test_results_are_on_disk_after_every_row(measure, report, tmp_path, monkeypa
     assert [(e["size"], e["rows"]) for e in written["steps"]] == [("MAR-B", 2)]
 
 
+def test_the_crossover_is_with_the_tiles_that_were_found(measure, report, tmp_path, monkeypatch):
+    tiles, seen = measure.tiles, []
+    monkeypatch.setattr(tiles, "TUNED", tiles.TUNED)
+    other = tiles.HEURISTIC["bfloat16"][tiles.ROW_CLASSES[-1]]
+    found = {"X1": {"bfloat16": {"1280": {str(tiles.row_class(8)): other.as_dict()}}}}
+    assert tiles.choose("X1", "bfloat16", 1280, 8) != other
+    (tmp_path / "tuned.json").write_text(json.dumps(found))
+    tuner = importlib.import_module("bench.tune_cuda")
+    monkeypatch.setattr(tuner, "main", lambda arguments: seen.append(tiles.choose("X1", "bfloat16", 1280, 8)))
+    try:
+        report().crossover()
+    finally:
+        tiles.tuned.cache_clear()
+        tiles.choose.cache_clear()
+    assert seen == [other]
+
+
 # compute-sanitizer ----------------------------------------------------------------------------------------------------
 
 
