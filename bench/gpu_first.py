@@ -153,7 +153,7 @@ def run_all(options: argparse.Namespace) -> int:
     elif options.resume.resolve() != options.out.resolve():
         for name in gpu_results.FILES:
             if (options.resume / name).exists():
-                shutil.copy(options.resume / name, options.out / name)
+                shutil.copyfile(options.resume / name, options.out / name)  # not its mode: it may be one to read alone
     with (options.out / LOG).open("a") as log:
         terminal = Terminal(TERMINAL, SUMMARY, log)
         if options.build:

@@ -114,7 +114,10 @@ def test_phases_say_their_limit_and_those_without_time_are_left_out_and_done_lat
     assert "-- a: 2 s of 2 s left" in printed
     assert "-- b: left out, " in printed
     assert "left out: b; c" in printed
+    for path in (tmp_path / "one").iterdir():
+        path.chmod(0o444)
     assert run(first, tmp_path / "two", "--resume", str(tmp_path / "one")) == 0
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "two").iterdir())
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert {name: each["state"] for name, each in report["runs"].items()} == dict.fromkeys("abc", "done")
     assert [step["rows"] for step in report["steps"]] == [1, 2, 3]
