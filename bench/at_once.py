@@ -7,6 +7,12 @@ DISA_FAST_TEST_FAILURES: each failure with its trace.
 import json
 import os
 
+from .gpu_results import end_with_parent
+
+
+def pytest_configure(config):
+    end_with_parent()
+
 
 def pytest_runtest_logstart(nodeid, location):
     _note({"began": nodeid})

@@ -3,7 +3,8 @@ valuable first.
 
 Each phase is a process group of its own, so that a hang, a death or a broken CUDA context ends that phase alone; every result is in
 DIR as soon as there is one, in at most 8 files; the terminal gets at most 11,000 characters. A phase for which there is no time is
-left out and named. `--out NEW --resume DIR` goes on where an earlier run left off. `make gpu-report` is the long form.
+left out and named. `--out NEW --resume DIR` goes on where an earlier run left off: first what had not begun, then what had not
+ended well. `make gpu-report` is the long form.
 
     python -m bench.gpu_first --prepare FOLDER                  on a machine that can build: what is to be carried along
     python -m bench.gpu_first --carried FOLDER --out DIR        on the machine with the GPU: with that instead of a build
@@ -152,7 +153,7 @@ def run_all(options: argparse.Namespace) -> int:
     elif options.resume.resolve() != options.out.resolve():
         for name in gpu_results.FILES:
             if (options.resume / name).exists():
-                shutil.copy(options.resume / name, options.out / name)
+                shutil.copyfile(options.resume / name, options.out / name)  # not its mode: it may be one to read alone
     with (options.out / LOG).open("a") as log:
         terminal = Terminal(TERMINAL, SUMMARY, log)
         if options.build:
@@ -177,6 +178,7 @@ def phases(options: argparse.Namespace) -> list[Phase]:
     else:
         runs = gpu_results.load(options.out)["runs"]
         chosen = [phase for phase in chosen if runs.get(phase.name, {}).get("state") != DONE]
+        chosen.sort(key=lambda phase: runs.get(phase.name, {"state": LEFT_OUT})["state"] != LEFT_OUT)
     return [PLANTED_PHASES[name] for name in options.plant if name in PLANTED_PHASES] + chosen
 
 
@@ -239,7 +241,9 @@ def watched(command: list[str], environment: dict[str, str], limit: float, termi
             code = process.wait(GRACE)
         except subprocess.TimeoutExpired:
             _signal_group(process, signal.SIGKILL)
-            code = process.wait()
+            code = -signal.SIGKILL
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds is left behind
+                process.wait(GRACE)
     finally:
         _signal_group(process, signal.SIGKILL)
     reader.join(2)  # who has left the group may still hold the pipe
@@ -268,6 +272,7 @@ def _signal_group(process: subprocess.Popen, which: signal.Signals) -> None:
 
 def work(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.seconds
+    gpu_results.end_with_parent()
     if options.phase in PLANTED_PHASES:
         getattr(importlib.import_module("bench.planted.phases"), options.phase)()
     gpu_measure = importlib.import_module("bench.gpu_measure")

@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ SOAK_CALLS = 5000
 SOAKED = ("cuda", "triton")
 ENTRY_CALLS = 300  # of each shape of ENTRIES
 ENTRIES = ((1280, 8, 8), (1536, 16, 8), (1280, 64, 8))  # width, rows, depth: two tiles a block, long rings, several groups
+COMPILE_STEP_SECONDS = 25  # that should be left when a step of a head is to be compiled
 COMPILE_SECONDS = 60  # that should be left when the network of a whole image is to be compiled
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are captured here, around the loop
 TOLD = 5  # failures of each phase, on the terminal
@@ -165,7 +166,8 @@ class Report:
         same = torch.equal(ours, again)
         print(f"{what}: errors {errors}, eager {bars}, host {host * 1e6:.0f} us a call", flush=True)
         of_eager = errors["relative L2 error"] / bars["relative L2 error"]
-        headline(
+        tell = print if name == "hoisted" else headline  # which is here to compare with
+        tell(
             f"{gpu_results.in_short(what)}: error {errors['relative L2 error']:.1e}, {of_eager:.2f} of eager's; "
             f"first {first:.1f} s, {us:.1f} us a step"
         )
@@ -212,26 +214,38 @@ class Report:
             self.shape(size, rows)
 
     def shape(self, size: str, rows: int) -> None:
-        """Microseconds a step of every contestant, in turns, and what they amount to."""
+        """Microseconds a step of every contestant, in turns, and what they amount to. Without torch.compile first, so that
+        these are on disk should it take too long."""
         what = f"{size}, {rows} rows"
         if self.out_of_time(what):
             return
         head = random_head(size)
         data = inputs(rows, STEPS if rows <= MANY_ROWS else STEPS_OF_MANY)
-        steps = len(data[1])
-        checked = self.right(what, *self.contestants(what, head, data, self.compile_modes(size, rows)))
-        times = in_turns({name: contestant.call for name, contestant in checked.items()})
+        truth = published(head, data, torch.float32)()
+        checked = self.right(what, self.contestants(what, head, data), truth)
+        self.time_shape(size, rows, head.spec, len(data[1]), checked, checked)
+        modes = self.compile_modes(size, rows)
+        if modes and not self.out_of_time(f"{what}, compiled", COMPILE_STEP_SECONDS):
+            compiled = self.right(what, self.compiled(what, head, data, modes), truth)
+            if compiled:
+                self.time_shape(size, rows, head.spec, len(data[1]), checked | compiled, compiled)
+        forget()
+
+    def time_shape(
+        self, size: str, rows: int, spec: MLPSpec, steps: int, contestants: dict[str, Contestant], told: Iterable[str]
+    ) -> None:
+        """All of them in turns, in the place of what was there; `told` on the terminal."""
+        times = in_turns({name: contestant.call for name, contestant in contestants.items()}, until=self.deadline - SLACK)
         results = {}
-        for name, contestant in checked.items():
+        for name, contestant in contestants.items():
             step_seconds = statistics.median(times[name]) / steps
             results[name] = {"us_per_step": step_seconds * 1e6} | ratios(times, name)
-            results[name] |= against_peaks(head.spec, rows, steps, step_seconds, contestant.weight_bytes, self.peaks)
+            results[name] |= against_peaks(spec, rows, steps, step_seconds, contestant.weight_bytes, self.peaks)
         entry = {"size": size, "rows": rows, "steps": steps, "results": results}
         self.add("steps", entry, "size", "rows")
         print_shape(entry)
-        told = ", ".join(f"{name} {r['us_per_step']:.1f}" for name, r in results.items() if worth_telling(name))
-        headline(gpu_results.in_short(f"{what}, us a step: {told}"))
-        forget()
+        words = ", ".join(f"{name} {results[name]['us_per_step']:.1f}" for name in told if worth_telling(name))
+        headline(gpu_results.in_short(f"{size}, {rows} rows, us a step: {words}"))
 
     def compile_modes(self, size: str, rows: int) -> tuple[str, ...]:
         """Of torch.compile, which takes its time; for many sizes and rows none."""
@@ -251,25 +265,13 @@ class Report:
                 right[name] = contestant
         return right
 
-    def contestants(
-        self, what: str, head: MLPHead, data: Inputs, compiled: tuple[str, ...]
-    ) -> tuple[dict[str, Contestant], Tensor]:
-        """And what the published loop gives in exact float32."""
+    def contestants(self, what: str, head: MLPHead, data: Inputs) -> dict[str, Contestant]:
+        """The published loop in PyTorch, and ours. The hoisted loop too as a graph: what the same arithmetic takes by a library's
+        products, so that what is gained by hoisting and by graphs can be told from what is gained by kernels."""
         z, table, noise, step_noise = data
         half, n = torch.bfloat16, len(noise)
         found: dict[str, Contestant] = {}
-
-        def add(name: str, dtype: torch.dtype, make: Callable[[], Call], tf32: bool = False) -> None:
-            with self.surviving(f"{what}, {name}"):
-                call = in_precision("high", make) if tf32 else make()
-                expected = EXPECTED_TF32 if tf32 else EXPECTED[dtype]
-                found[name] = Contestant(call, dtype.itemsize, TOLERATED * expected * (2 if n == 1 else 1))
-
-        def published(dtype: torch.dtype, mode: str | None = None) -> Call:
-            step = published_step(head, z, dtype, CFG)
-            if mode is not None:
-                step = torch.compile(step, mode=COMPILE_MODES[mode], dynamic=False)
-            return published_loop(step, table, noise, step_noise)
+        add = functools.partial(self.add_contestant, found, what, n)
 
         def autocast(dtype: torch.dtype) -> Call:
             loop = published_loop(autocast_step(head, z, CFG), table, noise, step_noise)
@@ -278,23 +280,44 @@ class Report:
         def ours(backend: str, dtype: torch.dtype) -> Call:
             return lambda: head.denoise(z, table, CFG, noise=noise, step_noise=step_noise, backend=backend, dtype=dtype)[:n]
 
-        add("eager float32 TF32", torch.float32, lambda: published(torch.float32), tf32=True)
+        add("eager float32 TF32", torch.float32, lambda: published(head, data, torch.float32), tf32=True)
         for dtype in (torch.float16, half):
             add(f"eager autocast {in_words(dtype)}", dtype, lambda dtype=dtype: autocast(dtype))
-        for name, mode in {"eager": None, **{f"compile {mode}": mode for mode in compiled}}.items():
-            make = functools.cache(functools.partial(published, half, mode))  # one for both, whose tensors the graph needs
-            add(f"{name} bfloat16", half, make)
-            add(f"{name} bfloat16, graph", half, lambda make=make: captured(make()))
+        eager = functools.cache(lambda: published(head, data, half))  # one for both, whose tensors the graph needs
+        add("eager bfloat16", half, eager)
+        add("eager bfloat16, graph", half, lambda: captured(eager()))
         for backend, dtype in self.able(head, len(z)):
-            name = f"{backend} {in_words(dtype)}"
+            name, captures = f"{backend} {in_words(dtype)}", backends.BACKENDS[backend].captures()
             add(name, dtype, lambda backend=backend, dtype=dtype: ours(backend, dtype))
-            if backends.BACKENDS[backend].captures() and dtype != torch.float32:
+            if backend == "hoisted":
+                add(f"{name}, graph", dtype, lambda dtype=dtype: captured(ours("hoisted", dtype)))
+            if captures and dtype != torch.float32:
                 add(name + ALONE, dtype, lambda backend=backend, dtype=dtype: loop_alone(head, backend, dtype, *data))
-            if backends.BACKENDS[backend].captures() and dtype == half:
+            if captures and dtype == half:
                 add(f"{name}, no graph", dtype, lambda backend=backend, dtype=dtype: without_graphs(ours(backend, dtype)))
             if dtype == torch.float32:
                 add(f"{name} TF32", dtype, lambda backend=backend, dtype=dtype: ours(backend, dtype), tf32=True)
-        return found, published(torch.float32)()
+        return found
+
+    def compiled(self, what: str, head: MLPHead, data: Inputs, modes: Iterable[str]) -> dict[str, Contestant]:
+        """The published step compiled, in a loop and as a graph of the loop."""
+        found: dict[str, Contestant] = {}
+        add = functools.partial(self.add_contestant, found, what, len(data[2]))
+        for mode in modes:
+            make = functools.cache(functools.partial(published, head, data, torch.bfloat16, mode))  # one for both
+            add(f"compile {mode} bfloat16", torch.bfloat16, make)
+            add(f"compile {mode} bfloat16, graph", torch.bfloat16, lambda make=make: captured(make()))
+        return found
+
+    def add_contestant(
+        self, found: dict[str, Contestant], what: str, n: int, name: str, dtype: torch.dtype, make: Callable[[], Call],
+        tf32: bool = False,
+    ) -> None:  # fmt: skip
+        """n: trajectories."""
+        with self.surviving(f"{what}, {name}"):
+            call = in_precision("high", make) if tf32 else make()
+            expected = EXPECTED_TF32 if tf32 else EXPECTED[dtype]
+            found[name] = Contestant(call, dtype.itemsize, TOLERATED * expected * (2 if n == 1 else 1))
 
     def able(self, head: MLPHead, rows: int) -> list[tuple[str, torch.dtype]]:
         """Every backend of ours that serves such a call here, in each dtype; `hoisted` in one. Not those that have not come through
@@ -341,7 +364,7 @@ class Report:
             fs[f"{name} bfloat16"] = Contestant(functools.partial(ours, name), 2, TOLERATED * EXPECTED[half])
         truth = published(lambda z: published_step(head, z, torch.float32, CFG))()
         run = self.right(what, fs, truth)
-        times = in_turns({name: contestant.call for name, contestant in run.items()}, turns=2)
+        times = in_turns({name: contestant.call for name, contestant in run.items()}, 2, self.deadline - SLACK)
         results = {name: {"seconds": statistics.median(times[name])} | ratios(times, name) for name in run}
         self.add("images", {"size": size, "images": batch, "results": results, "graphs": head.graph_counters()}, "size", "images")
         told = ", ".join(f"{name} {r['seconds'] * 1e3:.1f}" for name, r in results.items())
@@ -366,7 +389,8 @@ class Report:
         """An entry of `flow_images`. Its models are gone afterwards."""
         images = Images(name, DEVICE, batch)
         checked = self.right(what, *self.drawing(what, images, name, batch))
-        times = in_turns({who: contestant.call for who, contestant in checked.items()}, turns=2 if batch == 1 else 1)
+        turns = 2 if batch == 1 else 1
+        times = in_turns({who: contestant.call for who, contestant in checked.items()}, turns, self.deadline - SLACK)
         results = {}
         for who, samples in times.items():
             median = statistics.median(samples)
@@ -412,7 +436,8 @@ class Report:
             if entry is None or self.out_of_time(what):
                 continue
             data = inputs(count, STEPS if count <= MANY_ROWS else STEPS_OF_MANY)
-            contestants, _ = self.contestants(what, random_head(size), data, self.compile_modes(size, count))
+            head = random_head(size)
+            contestants = self.contestants(what, head, data) | self.compiled(what, head, data, self.compile_modes(size, count))
             for name in entry["results"]:
                 with self.surviving(f"{what} of {name}"):
                     entry["results"][name]["launches_per_step"] = number = launches(contestants[name].call) / entry["steps"]
@@ -431,7 +456,11 @@ class Report:
         tuner.main()
 
     def crossover(self) -> None:
-        """tune_cuda.py, over what ships; what it finds lies in `out`."""
+        """tune_cuda.py, over what ships, against Triton with the tiles that were found before; what it finds lies in `out`."""
+        if (self.out / gpu_results.TUNED).exists():
+            tiles.TUNED = self.out / gpu_results.TUNED
+            tiles.tuned.cache_clear()
+            tiles.choose.cache_clear()
         tuner = importlib.import_module("bench.tune_cuda")
         tuner.main(["--out", str(self.out / gpu_results.CROSSOVER)])
 
@@ -499,7 +528,7 @@ class Report:
     def out_of_time(self, what: str, needed: float = SLACK) -> bool:
         over = time.monotonic() > self.deadline - needed
         if over:
-            self.skipped.append(f"{what}: out of time")
+            self.skipped.append(f"{what}{gpu_results.OUT_OF_TIME}")
         return over
 
     def fail(self, line: str) -> None:
@@ -560,6 +589,15 @@ def random_head_of(width: int, depth: int) -> MLPHead:
         scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.1
         sd[name] = torch.randn(shape, device=DEVICE) * (0.3 * scale if name == "final_layer.linear.weight" else scale)
     return MLPHead.from_state_dict(sd)
+
+
+def published(head: MLPHead, data: Inputs, dtype: torch.dtype, mode: str | None = None) -> Call:
+    """The published loop. mode: of COMPILE_MODES, where its step is to be compiled."""
+    z, table, noise, step_noise = data
+    step = published_step(head, z, dtype, CFG)
+    if mode is not None:
+        step = torch.compile(step, mode=COMPILE_MODES[mode], dynamic=False)
+    return published_loop(step, table, noise, step_noise)
 
 
 def loop_alone(
@@ -648,28 +686,33 @@ def seconds(call: Callable[[], object], calls: int = 1) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def in_turns(calls: dict[str, Callable[[], object]], turns: int = TURNS) -> dict[str, list[float]]:
+def in_turns(calls: dict[str, Callable[[], object]], turns: int = TURNS, until: float = math.inf) -> dict[str, list[float]]:
     """Seconds of a call. Each once to warm up, then in turns, so that clocks and neighbours meet all alike; as many calls in a row
-    as take SAMPLE_SECONDS, so that the host's start of the first is not what is measured."""
+    as take SAMPLE_SECONDS, so that the host's start of the first is not what is measured. until: of time.monotonic(), after which
+    no turn begins but the first."""
     often = {}
     for name, call in calls.items():
         call()
         often[name] = min(MOST_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(seconds(call), 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
+    for turn in range(turns):
+        if turn and time.monotonic() > until:
+            break
         for name, call in calls.items():
             times[name].append(seconds(call, often[name]))
     return times
 
 
 def ratios(times: dict[str, list[float]], name: str) -> dict[str, float | None]:
-    """Speed over the published loop, eager in bfloat16, and over the best of what torch.compile gives."""
+    """Speed over the published loop, eager in bfloat16, and over the best of what torch.compile gives; spread: of its samples, from
+    the least to the largest, as a share of their median."""
     median = {n: statistics.median(samples) for n, samples in times.items()}
     eager = median.get("eager bfloat16")
     compiled = min((t for n, t in median.items() if n.startswith("compile")), default=None)
     return {
         "over_eager": eager / median[name] if eager else None,
         "over_compile": compiled / median[name] if compiled else None,
+        "spread": (max(times[name]) - min(times[name])) / median[name],
     }
 
 

@@ -35,7 +35,7 @@ PYTHON, TRITON, CAPABILITY = "3.12", "3.6.0", 90  # of the machine with the GPU
 PACKAGES = (f"triton=={TRITON}", "setuptools>=77", "pybind11>=2.13", "cmake>=3.20", "ninja>=1.11")
 MOST_BYTES = 60 << 20
 CACHE, MANIFEST, NATIVE = "triton.tar.xz", "prepared.json", ("_C.*.so", "mlp_denoise.fatbin")
-SOURCES = ("csrc/**/*.*", "kernels/**/*.py", "kernels/cuda/*.cu*", "kernels/cuda/*.h", "setup.py", "CMakeLists.txt")
+SOURCES = ("csrc/**/*.*", "kernels/cuda/*.cu*", "kernels/cuda/*.h", "setup.py", "CMakeLists.txt")
 
 
 def prepare(folder: Path) -> None:
@@ -100,7 +100,8 @@ def unpacked(archive: Path, into: Path) -> Path:
 
 
 def sources() -> str:
-    """A digest of all that is compiled."""
+    """A digest of what the native core and the CUDA kernels are compiled from. Each entry of Triton's cache has one of its own: a
+    kernel that has changed since is compiled as it is first launched."""
     paths = sorted({path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file()})
     return hashlib.sha256(repr([(str(path.relative_to(ROOT)), path.read_bytes()) for path in paths]).encode()).hexdigest()[:16]
 

@@ -5,9 +5,12 @@ Without PyTorch, so that the process that starts the phases can do without it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 REPORT, LOG, FAILURES = "report.json", "log.txt", "failures.txt"
@@ -23,6 +26,8 @@ IN_SHORT = {
 }
 MARK = "! "  # begins a line of a phase that is for the terminal too
 DONE, LEFT_OUT = "done", "left out"
+OUT_OF_TIME = ": out of time"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 EMPTY: dict = {
     "gpu": None,
     "date": None,
@@ -63,6 +68,12 @@ def commit() -> str:
     except OSError:
         said = ""
     return said or os.environ.get("DISA_FAST_COMMIT") or "unknown"
+
+
+def end_with_parent() -> None:
+    """This process, which may be of another group, is killed as soon as the one that started it ends in whatever way (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def headline(text: str) -> None:
@@ -125,6 +136,7 @@ def summary(results: dict) -> list[str]:
             lines.append(f"{target['what']}: {target['measured']:.2f}{target['unit']}, target {target['target']}, {word}")
     lines += costs_in_words(results["costs"])
     skipped = list(dict.fromkeys(line for run in runs.values() for line in run["skipped"]))
+    skipped.sort(key=lambda line: not line.endswith(OUT_OF_TIME))  # the others are mostly what a backend does not serve
     return lines + first_of([f"skipped: {line}" for line in skipped], 6)
 
 

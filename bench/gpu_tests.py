@@ -6,7 +6,6 @@ not end in its time is interrupted, so that it can say what it knows, and counts
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -136,11 +135,11 @@ def _run(report: Report, wanted: dict[str, list[str]], deadline: float, environm
 def _start(out: Path, name: str, arguments: list[str], folder: Path, environment: dict[str, str]) -> Run:
     options = ["-m", "gpu", "-q", "-p", "bench.at_once", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     options += [f"--confcutdir={FOLDER}"]
-    if importlib.util.find_spec("pytest_benchmark") is None:  # which a filter of pyproject.toml names
-        options += ["-o", "filterwarnings=error"]
+    options += ["-o", "filterwarnings=error"]  # without the filter that names a class of pytest-benchmark
     notes = folder / f"{name}.jsonl"
     notes.touch()
     variables = {"DISA_FAST_TEST_NOTES": str(notes), "DISA_FAST_TEST_FAILURES": str((out / FAILURES).resolve())}
+    variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there
     options += ["-o", f"faulthandler_timeout={STACKS_AFTER}", "--tb=short"]  # arguments may say --tb again: the last one counts
     command = [sys.executable, "-m", "pytest", *options, *arguments]  # -m: the checkout comes first
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables | environment)

@@ -58,7 +58,7 @@ def speed(head: MLPHead, rows: int) -> float:
     found = statistics.median(b / a for a, b in zip(times["cuda"], times["triton"], strict=True))
     steps = len(data[1])
     taken = ", ".join(f"{name} {statistics.median(times[name]) / steps * 1e6:.1f} us a step" for name in times)
-    headline(f"{rows} rows: {taken}, {found:.2f}x")
+    print(f"  {rows} rows: {taken}, {found:.2f}x", flush=True)
     return found
 
 

@@ -36,7 +36,10 @@ TUNED = Path(__file__).resolve().parent.parent / "kernels" / "triton" / "tuned.j
 GAIN = 0.99  # of the time before, which a change must come below
 STEPS = 10
 CFG = 3.0
-REPLAYS = 5
+SAMPLES, REPLAYS = (
+    5,
+    10,
+)  # of which the median counts; of a sample, one after the other, so that the first one's start is little of it
 
 WORST, L2 = 2.0, 1.5  # times the errors of where it began, plus one unit in the last place, that a candidate may have
 
@@ -132,7 +135,7 @@ class Loop:
             print(f"  {type(error).__name__}: {chosen}")
             return math.inf
         first = call().clone()
-        taken = statistics.median(seconds(call) for _ in range(REPLAYS))
+        taken = statistics.median(seconds(call, REPLAYS) for _ in range(SAMPLES))
         return taken if self.is_right(chosen, first, call()) else math.inf
 
     def is_right(self, chosen: Tiles, *outs: Tensor) -> bool:

@@ -1,10 +1,12 @@
 """bench/gpu_first.py: phases that hang, die and fail end alone; what was found stays, and a later call goes on from there."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -112,7 +114,10 @@ def test_phases_say_their_limit_and_those_without_time_are_left_out_and_done_lat
     assert "-- a: 2 s of 2 s left" in printed
     assert "-- b: left out, " in printed
     assert "left out: b; c" in printed
+    for path in (tmp_path / "one").iterdir():
+        path.chmod(0o444)
     assert run(first, tmp_path / "two", "--resume", str(tmp_path / "one")) == 0
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "two").iterdir())
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert {name: each["state"] for name, each in report["runs"].items()} == dict.fromkeys("abc", "done")
     assert [step["rows"] for step in report["steps"]] == [1, 2, 3]
@@ -127,6 +132,45 @@ def test_a_failed_phase_is_done_again_and_its_failures_forgotten(first, script, 
     assert run(first, tmp_path, "--resume", str(tmp_path)) == 0
     assert json.loads((tmp_path / "report.json").read_text())["runs"]["a"]["failures"] == []
     assert run(first, tmp_path, "--resume", str(tmp_path), "--only", "b") == 1
+
+
+def test_what_had_not_begun_comes_before_what_failed(first, results, tmp_path):
+    """A second call has less time, and what failed would mostly fail again."""
+    report = results.load(tmp_path)
+    left_out = [phase.name for phase in first.PHASES if phase.seconds][8:]
+    for phase in first.PHASES[:8]:
+        report["runs"][phase.name] = {"state": "FAILED" if phase.method == "correct" else "done", "failures": []}
+    report["runs"]["limits"]["state"] = "underway"  # when all was killed
+    report["runs"][left_out[0]] = {"state": "left out", "failures": []}
+    results.save(tmp_path, report)
+    options = argparse.Namespace(long=False, only=None, plant=[], out=tmp_path)
+    again = ["correct triton", "correct cuda", "correct hoisted", "limits"]
+    assert [phase.name for phase in first.phases(options)] == left_out + again
+
+
+def test_nothing_goes_on_when_all_is_killed(tmp_path):
+    """By one that kills this process and nothing else: no phase may take the GPU of what comes next."""
+    command = [sys.executable, "-m", "bench.gpu_first", "--dry-run", "--out", str(tmp_path), "--plant", "hang", "--only", "limits"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        log, start = tmp_path / "log.txt", time.monotonic()
+        while "process group" not in (log.read_text() if log.exists() else "") and time.monotonic() < start + MINUTE:
+            time.sleep(0.1)
+        phase = int(log.read_text().split("process group ")[1].split()[0])
+        process.kill()
+    try:
+        while running(phase) and time.monotonic() < start + MINUTE:
+            time.sleep(0.1)
+        assert not running(phase)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(phase, signal.SIGKILL)  # what the planted phase had forked
+
+
+def running(process):
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_new_run_forgets_an_old_one(first, script, tmp_path):
@@ -161,6 +205,15 @@ def test_nothing_is_cut_where_there_is_room(results, tmp_path):
         terminal.summary([f"end {i}" for i in range(5)])
         assert terminal.left >= 0
     assert (tmp_path / "log.txt").read_text().count("line") == 9
+
+
+def test_what_was_left_for_want_of_time_is_told_before_what_is_not_served(results):
+    report = dict(results.EMPTY)
+    skipped = [f"cuda float32, {rows} rows: has no float32" for rows in range(9)] + ["MAR-B, 2 rows, compiled: out of time"]
+    report["runs"] = {"a": {"state": "done", "seconds": 1, "limit": 2, "failures": [], "skipped": skipped}}
+    told = [line for line in results.summary(report) if line.startswith("skipped")]
+    assert told[0] == "skipped: MAR-B, 2 rows, compiled: out of time"
+    assert len(told) == 6
 
 
 def test_a_log_has_an_end(first, script, tmp_path, monkeypatch):
@@ -233,6 +286,19 @@ def test_tests_that_die_are_a_failure_and_those_that_pass_are_counted(run_tests)
     assert "DIED of SIGSEGV, in bench/planted/test_gpu.py::test_dies" in told.failures[0]
     found = told.results["tests"]["test_cuda_gpu"]
     assert (found["passed"], found["failed"], found["skipped"], found["end"]) == (3, 0, 1, "passed")
+
+
+def test_other_plugins_of_pytest_do_no_harm(run_tests, tmp_path, monkeypatch):
+    """Such as are installed on a machine for many purposes."""
+    site = tmp_path / "site"
+    (site / "bad-1.dist-info").mkdir(parents=True)
+    (site / "bad-1.dist-info" / "METADATA").write_text("Name: bad\nVersion: 1\n")
+    (site / "bad-1.dist-info" / "entry_points.txt").write_text("[pytest11]\nbad = bad_plugin\n")
+    (site / "bad_plugin.py").write_text("raise RuntimeError('planted')\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    told = run_tests(["test_gpu"])
+    assert told.failures == []
+    assert told.results["tests"]["test_gpu"]["passed"] == 4
 
 
 def test_the_files_with_tests_for_a_gpu(first):

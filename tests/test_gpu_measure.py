@@ -22,8 +22,14 @@ def measure(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     dry_run, measure = (importlib.import_module(f"bench.{name}") for name in ("dry_run", "gpu_measure"))
     dry_run.install(monkeypatch.setattr)
-    monkeypatch.setattr(triton, "TritonOps", hoisted.HoistedOps)  # whose kernels have tests of their own
+    monkeypatch.setattr(triton, "TritonOps", TritonOps)
     return measure
+
+
+class TritonOps(hoisted.HoistedOps):
+    """In the place of Triton's, whose kernels have tests of their own."""
+
+    captured = True
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def test_every_contestant_is_timed_and_written(measure, persistent, report, tmp_
     first = entry(long, "steps", size="MAR-L", rows=8)["results"]
     assert {
         "eager float32 TF32", "eager autocast float16", "eager autocast bfloat16", "eager bfloat16", "eager bfloat16, graph",
-        "hoisted bfloat16", "triton bfloat16", "triton float16", "triton float32", "triton float32 TF32",
+        "hoisted bfloat16", "hoisted bfloat16, graph", "triton bfloat16", "triton float16", "triton float32", "triton float32 TF32",
         "compile default bfloat16", "compile default bfloat16, graph", "compile max-autotune bfloat16",
         "compile max-autotune bfloat16, graph", "triton bfloat16, no graph", "triton bfloat16, loop alone",
         "cuda bfloat16", "cuda bfloat16, no graph", "cuda bfloat16, loop alone",
@@ -240,6 +246,16 @@ def test_a_sample_is_of_several_calls(measure, monkeypatch, each, expected):
     assert asked == [1, expected, expected, expected]
 
 
+def test_no_further_turn_begins_when_the_time_is_over(measure):
+    late, early = (measure.in_turns({"a": lambda: None}, 4, time.monotonic() + left) for left in (-1, 1000))
+    assert (len(late["a"]), len(early["a"])) == (1, 4)
+
+
+def test_how_far_samples_are_apart_is_told(measure):
+    times = {"eager bfloat16": [4.0, 5.0, 4.0], "compile default bfloat16": [2.0, 2.0, 2.0]}
+    assert measure.ratios(times, "eager bfloat16") == {"over_eager": 1.0, "over_compile": 0.5, "spread": 0.25}
+
+
 def test_seconds_are_those_of_one_call(measure):
     called = []
     taken = measure.seconds(lambda: called.append(time.sleep(0.01)), 4)
@@ -397,15 +413,56 @@ def test_a_backend_whose_check_broke_off_takes_no_other_with_it(measure, report)
     assert phase.skipped == ["hoisted: left out, since its check of correctness broke off"]
 
 
+@pytest.mark.parametrize("left", [20, 1000])
+def test_what_needs_no_compiler_is_on_disk_before_one_is_asked(measure, report, tmp_path, monkeypatch, left):
+    """Which is not asked at all where there is little time."""
+    before = []
+
+    def compiler(step, **how):
+        before.append(json.loads((tmp_path / "report.json").read_text())["steps"][0]["results"])
+        return step
+
+    monkeypatch.setattr(measure.Report, "able", lambda self, head, rows: [("hoisted", torch.bfloat16)])
+    monkeypatch.setattr(measure, "COMPILE_STEP_SECONDS", 25)
+    monkeypatch.setattr(torch, "compile", compiler)
+    phase = report(left)
+    phase.shape("MAR-B", 2)
+    results = phase.results["steps"][0]["results"]
+    assert set(results) >= {"eager bfloat16", "hoisted bfloat16", "hoisted bfloat16, graph"}
+    if left == 20:
+        assert (before, phase.skipped) == ([], ["MAR-B, 2 rows, compiled: out of time"])
+    else:
+        assert set(before[0]) == set(results) - {"compile default bfloat16", "compile default bfloat16, graph"}
+        assert len(before) == 1
+        assert results["compile default bfloat16"]["over_compile"] > 0
+
+
 def test_results_are_on_disk_after_every_row(measure, report, tmp_path, monkeypatch):
     monkeypatch.setattr(measure.Report, "able", lambda self, head, rows: [("hoisted", torch.bfloat16)])
     phase = report()
     phase.shape("MAR-B", 2)
-    monkeypatch.setattr(measure, "in_turns", lambda calls: 1 / 0)
+    monkeypatch.setattr(measure, "in_turns", lambda calls, **how: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         phase.shapes(("MAR-B", 8))
     written = json.loads((tmp_path / "report.json").read_text())
     assert [(e["size"], e["rows"]) for e in written["steps"]] == [("MAR-B", 2)]
+
+
+def test_the_crossover_is_with_the_tiles_that_were_found(measure, report, tmp_path, monkeypatch):
+    tiles, seen = measure.tiles, []
+    monkeypatch.setattr(tiles, "TUNED", tiles.TUNED)
+    other = tiles.HEURISTIC["bfloat16"][tiles.ROW_CLASSES[-1]]
+    found = {"X1": {"bfloat16": {"1280": {str(tiles.row_class(8)): other.as_dict()}}}}
+    assert tiles.choose("X1", "bfloat16", 1280, 8) != other
+    (tmp_path / "tuned.json").write_text(json.dumps(found))
+    tuner = importlib.import_module("bench.tune_cuda")
+    monkeypatch.setattr(tuner, "main", lambda arguments: seen.append(tiles.choose("X1", "bfloat16", 1280, 8)))
+    try:
+        report().crossover()
+    finally:
+        tiles.tuned.cache_clear()
+        tiles.choose.cache_clear()
+    assert seen == [other]
 
 
 # compute-sanitizer ----------------------------------------------------------------------------------------------------

@@ -154,6 +154,16 @@ def is_refused_with_other_sources(checkout: Checkout, patch: pytest.MonkeyPatch,
     assert not checkout.placed()
 
 
+def is_used_with_other_kernels_of_tritons(checkout: Checkout, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Whose cache tells by itself: a mended kernel must not cost all that was prepared."""
+    (checkout.root / "kernels" / "triton").mkdir(parents=True)
+    (checkout.root / "kernels" / "triton" / "mlp_denoise.py").write_text("two")
+    try:
+        assert "TRITON_CACHE_DIR" in checkout.module.use(checkout.folder)
+    except RuntimeError as error:
+        pytest.fail(str(error))
+
+
 def is_used_in_part_by_another_triton(checkout: Checkout, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Of the same version, but told otherwise: it looks for other names."""
     patch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
@@ -182,8 +192,8 @@ def is_kept_where_it_is_somebody_elses(checkout: Checkout, patch: pytest.MonkeyP
 
 
 CHECKS = [
-    is_put_to_use, is_refused_by_another_python, is_refused_with_other_sources, is_used_in_part_by_another_triton, is_too_large,
-    is_kept_where_it_is_somebody_elses,
+    is_put_to_use, is_refused_by_another_python, is_refused_with_other_sources, is_used_with_other_kernels_of_tritons,
+    is_used_in_part_by_another_triton, is_too_large, is_kept_where_it_is_somebody_elses,
 ]  # fmt: skip
 
 
@@ -199,6 +209,7 @@ MUTANTS = [
     (is_refused_by_another_python, 'sysconfig.get_config_var("SOABI")), (', 'made["python"]), ('),
     (is_refused_with_other_sources, ', ("sources", sources())', ","),
     (is_refused_with_other_sources, "path.read_bytes())", "path.name)"),
+    (is_used_with_other_kernels_of_tritons, '("csrc/**/*.*",', '("csrc/**/*.*", "kernels/**/*.py",'),
     (is_used_in_part_by_another_triton, 'here["key"] != made["key"]', 'here["triton"] != made["triton"]'),
     (is_kept_where_it_is_somebody_elses, "and not (folder / MANIFEST).exists()", "and False"),
     (is_used_in_part_by_another_triton, "sorted(get_cache_invalidating_env_vars().items())", "0"),
