@@ -2,12 +2,12 @@
 
 import contextlib
 import gc
-import threading
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from meanwhile import done_while_capturing
 from torch_cuda import GRAPH_BYTES, STREAMS, VERSIONS, TorchCuda
 
 from disa_fast import MLPHead, graphs, solvers
@@ -209,22 +209,8 @@ def small_head() -> MLPHead:
 def check_forgetting_during_a_capture(cuda: TorchCuda) -> None:
     head, cache = small_head(), captured()
     head.hoisted(torch.float32)
-    capturing, forgotten = threading.Event(), threading.Event()
-
-    def forget():
-        capturing.wait(10)
-        head.refresh()
-        forgotten.set()
-
-    def loop():
-        if torch.cuda.is_current_stream_capturing():
-            capturing.set()
-            forgotten.wait(10)
-
-    other = threading.Thread(target=forget)
-    other.start()
-    outcome = call(cache, "a", loop)
-    other.join()
+    with done_while_capturing(head.refresh) as loop:
+        outcome = call(cache, "a", loop)
     assert not head._packed
     assert outcome == "graph"
     assert "device" not in cuda.waits

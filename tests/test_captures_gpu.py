@@ -1,9 +1,8 @@
 """On a GPU: what test_captures.py checks by a stand-in, and draws into one tensor."""
 
-import threading
-
 import pytest
 import torch
+from meanwhile import done_while_capturing
 
 from disa_fast import MLPHead
 from disa_fast.graphs import Graphs
@@ -82,25 +81,15 @@ def test_weights_are_forgotten_while_another_thread_captures():
     head = MLPHead.from_module(MLPNet(MLPSpec(16, 64, 2, 64)).to(GPU))
     head.hoisted(torch.float32)
     run, x = Doubling(), torch.randn(8, SIZE, device=GPU).bfloat16()
-    capturing, forgotten = threading.Event(), threading.Event()
 
     def forget():
-        capturing.wait(20)
         with torch.cuda.stream(torch.cuda.Stream()):
             head.refresh()
             head.hoisted(torch.float32)
             head.follow()
-        forgotten.set()
 
-    def within():
-        if torch.cuda.is_current_stream_capturing():
-            capturing.set()
-            forgotten.wait(20)
-
-    other = threading.Thread(target=forget)
-    other.start()
-    assert close(run("a", x, within), run.expected(x))
-    other.join()
+    with done_while_capturing(forget) as within:
+        assert close(run("a", x, within), run.expected(x))
     assert run.graphs.counters() | {"captures": 1, "failures": 0} == run.graphs.counters()
 
 
