@@ -7,6 +7,7 @@ not depend on the rows beside it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -147,12 +148,17 @@ def inputs(
         else:
             into[: len(z)].copy_(z)
         buffers.span("times", "steps").copy_(tables)
-        buffers["scalars"].view(torch.complex64).fill_(complex(cfg, temperature))  # both in one
+        fill_scalars(buffers["scalars"], cfg, temperature)
         buffers["x"][: len(noise)].copy_(noise)
         if step_noise is not None:
             buffers["noise"][:, : len(noise)].copy_(step_noise)
 
     return fill
+
+
+def fill_scalars(scalars: Tensor, cfg: float, temperature: float) -> None:
+    """Both in one launch."""
+    torch.view_as_complex(scalars).fill_(complex(cfg, temperature))
 
 
 def replayed(
@@ -352,22 +358,29 @@ def _norm(w: Weights, shape: Shape) -> dict[str, int]:
 
 
 def _blocks(tile: Tile, shape: Shape) -> dict[str, object]:
-    sizes = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "PRECISION": shape.precision}
-    how = {"num_warps": tile.warps, "num_stages": tile.stages, "PREFETCH": shape.tiles.prefetch}
-    return sizes | how | _launch(shape)
+    return {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k} | _product(tile, shape)
 
 
 def _state(w: Weights, shape: Shape) -> dict[str, object]:
-    tile, channels, width = shape.tiles.step, w.spec.in_channels, w.spec.width
-    sizes = {"BLOCK_T": tile.m, "BLOCK_C": _columns(channels), "BLOCK_N": max(tile.n, shape.tiles.second.n)}
+    tile, channels, width = _state_tile(shape), w.spec.in_channels, w.spec.width
+    sizes = {"BLOCK_T": tile.m, "BLOCK_C": _columns(channels), "BLOCK_N": tile.n}
     sizes |= {"CHANNELS": channels, "WIDTH": width, "TILE": shape.tiles.second.n, "GUIDED": shape.guided}
-    how = {"num_warps": tile.warps, "num_stages": tile.stages, "PREFETCH": shape.tiles.prefetch}
-    return sizes | {"PRECISION": shape.precision} | how | _launch(shape)
+    return sizes | _product(tile, shape)
 
 
 def _state_grid(w: Weights, shape: Shape) -> tuple[int, int]:
+    return _grid(shape.trajectories, w.spec.width, _state_tile(shape))
+
+
+def _state_tile(shape: Shape) -> Tile:
+    """In whole tiles of the statistics."""
     tile = shape.tiles.step
-    return triton.cdiv(shape.trajectories, tile.m), triton.cdiv(w.spec.width, max(tile.n, shape.tiles.second.n))
+    return dataclasses.replace(tile, n=max(tile.n, shape.tiles.second.n))
+
+
+def _product(tile: Tile, shape: Shape) -> dict[str, object]:
+    how = {"num_warps": tile.warps, "num_stages": tile.stages, "PREFETCH": shape.tiles.prefetch}
+    return {"PRECISION": shape.precision} | how | _launch(shape)
 
 
 def _columns(count: int) -> int:
@@ -436,11 +449,7 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
             buffers[name].copy_(tensor)
         if call.step_noise is not None:
             buffers["step_noise"].copy_(call.step_noise)
-        fill_scalars(buffers["scalars"])
-
-    def fill_scalars(scalars: Tensor) -> None:
-        scalars[0].fill_(call.cfg)
-        scalars[1].fill_(call.temperature)
+        fill_scalars(buffers["scalars"], call.cfg, call.temperature)
 
     def loop(b: Buffers) -> None:
         seen = {name: b[name] for name in context}
@@ -451,7 +460,7 @@ def integrate(head: FlowHead, call: FlowCall) -> Tensor:
         out = w.graphs.run(shape, rows * tokens, layout, fill, loop, lambda buffers: buffers["x"].clone())
         if out is None:
             out, scalars = call.noise.clone(memory_format=torch.contiguous_format), steps.new_empty(2)
-            fill_scalars(scalars)
+            fill_scalars(scalars, call.cfg, call.temperature)
             step_noise = None if call.step_noise is None else call.step_noise.contiguous()
             loop({**context, "times": times, "steps": steps, "scalars": scalars, "step_noise": step_noise, "x": out})
         return out
