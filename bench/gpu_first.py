@@ -172,11 +172,11 @@ def sees_gpu() -> bool:
 
 
 def phases(options: argparse.Namespace) -> list[Phase]:
-    chosen = [phase for phase in PHASES if (options.only and phase.name in options.only) or (options.long or phase.seconds)]
     if options.only:
-        chosen = [phase for phase in chosen if phase.name in options.only]
+        chosen = [phase for phase in PHASES if phase.name in options.only]
     else:
         runs = gpu_results.load(options.out)["runs"]
+        chosen = [phase for phase in PHASES if options.long or phase.seconds]
         chosen = [phase for phase in chosen if runs.get(phase.name, {}).get("state") != DONE]
         chosen.sort(key=lambda phase: runs.get(phase.name, {"state": LEFT_OUT})["state"] != LEFT_OUT)
     return [PLANTED_PHASES[name] for name in options.plant if name in PLANTED_PHASES] + chosen

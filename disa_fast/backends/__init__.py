@@ -65,15 +65,14 @@ def _refuses(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, ro
 def choose(name: str, spec: Spec, dtype: torch.dtype, device: torch.device, rows: int, batch_invariant: bool = False) -> str:
     """The backend asked for, or under "auto" the fastest that can serve the call: a key of BACKENDS. UnsupportedError if none."""
     check_flag("batch_invariant", batch_invariant)
-    asked: list[str] = []
-    if isinstance(name, str):
-        asked = _fastest_first(spec, dtype, device, rows) if name == "auto" else [name] if name in BACKENDS else []
-    for backend in asked:  # and no others, since every call asks
-        if _refuses(backend, spec, dtype, device, rows, batch_invariant) is None:
-            return backend
+    known = isinstance(name, str) and name in ("auto", *BACKENDS)
+    if known:
+        for backend in _fastest_first(spec, dtype, device, rows) if name == "auto" else [name]:
+            if _refuses(backend, spec, dtype, device, rows, batch_invariant) is None:
+                return backend  # without asking the others, since every call comes by here
     why_not = survey(spec, dtype, device, rows, batch_invariant)
     able = [backend for backend, reason in why_not.items() if reason is None]
-    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
+    if not known:
         raise UnsupportedError(f"backend: {name!r} is not one that this version has; can serve this call: {['auto', *able]}")
     if name == "auto":
         reasons = "; ".join(f"{backend}: {reason}" for backend, reason in why_not.items())
